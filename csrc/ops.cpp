@@ -1,0 +1,376 @@
+// Registration of the C++ backend on torch's stable ABI (torch >= 2.10): one binary for many versions.
+//
+// This file owns tensors: it checks them, describes them as plain Views and reads the scalars that the
+// caller left in tensors. ttt_fast/ops.py checks the arguments with their names; the checks here are
+// what keeps a direct call of torch.ops.ttt_fast_cpp from touching foreign memory.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "launchers.h"
+
+namespace ttt_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::F32;
+    case ScalarType::BFloat16:
+      return Dtype::BF16;
+    case ScalarType::Half:
+      return Dtype::F16;
+    case ScalarType::Double:
+      return Dtype::F64;
+    default:
+      return Dtype::OTHER;
+  }
+}
+
+// Fold the dimensions, innermost first, into runs of consecutive memory and as few outer dimensions as
+// possible: a contiguous tensor becomes one run, rows of a fused projection one outer dimension.
+View describe(const Tensor& tensor, const char* op, const char* name, size_t i, bool written) {
+  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, "[", i,
+                  "] is not on the CPU; the C++ backend runs there. Use backend=\"auto\".");
+  View view;
+  view.data = static_cast<char*>(tensor.data_ptr());
+  view.numel = tensor.numel();
+  view.dtype = dtype_of(tensor);
+  view.element_size = int32_t(tensor.element_size());
+  view.run_length = 1;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (int64_t d = tensor.dim() - 1; d >= 0 && view.numel > 0; --d) {
+    const int64_t size = sizes[d], stride = strides[d] * view.element_size;
+    if (size == 1) continue;
+    STD_TORCH_CHECK(!written || stride != 0, op, ": ", name, "[", i,
+                    "] is expanded (several elements share memory) and cannot be written; pass a "
+                    "clone of it.");
+    const int k = view.n_outer;
+    if (k == 0 && strides[d] == view.run_length) {
+      view.run_length *= size;
+    } else if (k > 0 && stride == view.outer_stride[k - 1] * view.outer_size[k - 1]) {
+      view.outer_size[k - 1] *= size;
+    } else {
+      STD_TORCH_CHECK(k < View::kMaxOuter, op, ": ", name, "[", i, "] has more than ",
+                      View::kMaxOuter, " dimensions of strides; pass a contiguous tensor.");
+      view.outer_size[k] = size;
+      view.outer_stride[k] = stride;
+      view.n_outer = k + 1;
+    }
+  }
+  return view;
+}
+
+// One view for each of `like`, of the same number of elements.
+Views describe_all(const Tensors& tensors, const char* op, const char* name, bool written,
+                   const Views* like = nullptr) {
+  STD_TORCH_CHECK(like == nullptr || tensors.size() == like->size(), op, ": got ", tensors.size(),
+                  " ", name, "; one for each of ", like == nullptr ? 0 : like->size(),
+                  " tensors is needed.");
+  Views views;
+  views.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    views.push_back(describe(tensors[i], op, name, i, written));
+    STD_TORCH_CHECK(like == nullptr || views[i].numel == (*like)[i].numel, op, ": ", name, "[", i,
+                    "] has ", views[i].numel, " elements, its parameter does not; they must agree.");
+  }
+  return views;
+}
+
+bool compute_type_or_same(Dtype dtype, Dtype param) {
+  return dtype == param || (param != Dtype::F64 && dtype == Dtype::F32);
+}
+
+Views describe_floats(const Tensors& tensors, const char* op, const char* name, bool written,
+                      const Views& params) {
+  Views views = describe_all(tensors, op, name, written, &params);
+  for (size_t i = 0; i < views.size(); ++i) {
+    STD_TORCH_CHECK(compute_type_or_same(views[i].dtype, params[i].dtype), op, ": ", name, "[", i,
+                    "] has neither the dtype of its parameter nor its compute type; convert it.");
+  }
+  return views;
+}
+
+template <class T>
+T* data_of(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* what) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+                      tensor.numel() >= numel,
+                  what, " must be a contiguous CPU tensor of its documented dtype and size.");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+UndoState undo_state(const Tensors& undo, const std::vector<int64_t>& offsets, const Views& params,
+                     const char* op) {
+  UndoState state;
+  if (undo.empty()) return state;
+  STD_TORCH_CHECK(undo.size() == 6 && offsets.size() == params.size(), op,
+                  ": undo must be the tensors of an UndoLog made for these params.");
+  const int64_t chunks = undo[3].numel();
+  state.index = data_of<uint32_t>(undo[0], ScalarType::Int, 0, "undo.index");
+  state.value = data_of<uint16_t>(undo[1], ScalarType::Short, undo[0].numel(), "undo.value");
+  state.cursor = data_of<int64_t>(undo[2], ScalarType::Long, 1, "undo.cursor");
+  state.counts = data_of<int32_t>(undo[3], ScalarType::Int, chunks, "undo.counts");
+  state.paged = data_of<uint8_t>(undo[4], ScalarType::Byte, chunks, "undo.paged");
+  state.pages = data_of<uint16_t>(undo[5], ScalarType::Short, chunks << 16, "undo.pages");
+  state.offsets = offsets.data();
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (offsets[i] < 0) continue;
+    const int64_t end = (offsets[i] >> 16) + ((params[i].numel + 65535) >> 16);
+    STD_TORCH_CHECK(params[i].element_size == 2 && (offsets[i] & 65535) == 0 && end <= chunks, op,
+                    ": params[", i, "] is not the one that undo was made for.");
+  }
+  // Every parameter is float32 or wider: there is nothing to log.
+  if (chunks == 0) state.offsets = nullptr;
+  return state;
+}
+
+// A 0-dim tensor's value, and whether it is float64.
+struct Scalar {
+  double value;
+  bool wide;
+};
+
+Scalar read_scalar(const Tensor& tensor, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == 1, op, ": ", name,
+                  " must be a CPU tensor of one element.");
+  char* data = static_cast<char*>(tensor.data_ptr());
+  switch (dtype_of(tensor)) {
+    case Dtype::F32:
+      return {*reinterpret_cast<float*>(data), false};
+    case Dtype::F64:
+      return {*reinterpret_cast<double*>(data), true};
+    case Dtype::BF16:
+      return {bf16_to_float(*reinterpret_cast<uint16_t*>(data)), false};
+    case Dtype::F16:
+      return {f16_to_float(*reinterpret_cast<uint16_t*>(data)), false};
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be a floating-point tensor.");
+  }
+  return {0, false};
+}
+
+template <class C>
+C clip_coefficient(C norm, double max_grad_norm) {
+  // torch divides a number by a tensor as reciprocal times number; clip_grad_norm_ does so too.
+  const C coefficient = (C(1) / (norm + C(1e-6))) * C(max_grad_norm);
+  return coefficient > C(1) ? C(1) : coefficient;  // NaN stays NaN
+}
+
+// _gradient_factor of reference.py, in the types that torch's promotion gives there.
+double gradient_factor(const MaybeTensor& grad_norm, double max_grad_norm,
+                       const MaybeTensor& grad_scale, const char* op) {
+  Scalar factor{1, false};
+  if (grad_norm && max_grad_norm >= 0) {
+    const Scalar norm = read_scalar(*grad_norm, op, "grad_norm");
+    factor.wide = norm.wide;
+    factor.value = norm.wide ? clip_coefficient(norm.value, max_grad_norm)
+                             : clip_coefficient(float(norm.value), max_grad_norm);
+  }
+  if (!grad_scale) return factor.value;
+  const Scalar scale = read_scalar(*grad_scale, op, "grad_scale");
+  if (factor.wide || scale.wide) return factor.value / scale.value;
+  return float(factor.value) / float(scale.value);
+}
+
+bool is_set(const MaybeTensor& found_inf, const char* op) {
+  return found_inf && read_scalar(*found_inf, op, "found_inf").value != 0;
+}
+
+// What sgd_ and adamw_ have in common.
+struct UpdateTensors {
+  const Tensors &params, &grads, &deltas, &bases, &undo;
+  const MaybeTensor& landed;
+  const std::vector<int64_t>& undo_offsets;
+  const std::string& rounding;
+  int64_t seed;
+};
+
+UpdateCall make_call(const UpdateTensors& t, const char* op) {
+  STD_TORCH_CHECK(t.rounding == "nearest" || t.rounding == "stochastic", op,
+                  ": the C++ backend rounds \"nearest\" or \"stochastic\", not \"", t.rounding,
+                  "\"; rounding=\"torch\" is torch's own code, use backend=\"auto\" or \"torch\".");
+  UpdateCall call;
+  call.params = describe_all(t.params, op, "params", true);
+  for (size_t i = 0; i < call.params.size(); ++i) {
+    STD_TORCH_CHECK(call.params[i].is_float(), op, ": params[", i,
+                    "] must be float32, bfloat16, float16 or float64; leave it out.");
+  }
+  call.grads = describe_floats(t.grads, op, "grads", false, call.params);
+  if (!t.deltas.empty() || !t.bases.empty()) {
+    call.deltas = describe_floats(t.deltas, op, "deltas", true, call.params);
+    call.bases = describe_floats(t.bases, op, "bases", false, call.params);
+  }
+  call.stochastic = t.rounding == "stochastic";
+  call.seed = uint64_t(t.seed);
+  if (t.landed) call.landed = data_of<double>(*t.landed, ScalarType::Double, 2, "landed");
+  call.undo = undo_state(t.undo, t.undo_offsets, call.params, op);
+  return call;
+}
+
+template <class C>
+SgdArgs<C> sgd_args(double factor, double lr, double momentum, double dampening, bool nesterov,
+                    double weight_decay, bool decoupled, bool maximize, bool first_step) {
+  SgdArgs<C> args;
+  args.gradient_factor = C(factor);
+  args.momentum = C(momentum);
+  args.keep = C(1.0 - dampening);
+  args.weight_decay = C(weight_decay);
+  args.minus_lr = C(-lr);
+  args.lr_weight_decay = C(lr * weight_decay);
+  args.maximize = maximize;
+  args.use_momentum = momentum != 0;
+  args.nesterov = nesterov;
+  args.first_step = first_step;
+  args.coupled_decay = weight_decay != 0 && !decoupled;
+  args.decoupled_decay = weight_decay != 0 && decoupled;
+  return args;
+}
+
+void sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors deltas, Tensors bases,
+          MaybeTensor grad_norm, MaybeTensor grad_scale, MaybeTensor found_inf, MaybeTensor landed,
+          Tensors undo, std::vector<int64_t> undo_offsets, double lr, double momentum,
+          double dampening, bool nesterov, double weight_decay, bool decoupled_weight_decay,
+          bool maximize, bool first_step, double max_grad_norm, std::string rounding,
+          int64_t seed) {
+  if (is_set(found_inf, "sgd_")) return;
+  UpdateCall call = make_call(
+      {params, grads, deltas, bases, undo, landed, undo_offsets, rounding, seed}, "sgd_");
+  if (momentum != 0) {
+    call.states[0] =
+        describe_floats(momentum_buffers, "sgd_", "momentum_buffers", true, call.params);
+  }
+  call.reads_weight = weight_decay != 0;
+  call.skip_state_read = first_step;
+  const double factor = gradient_factor(grad_norm, max_grad_norm, grad_scale, "sgd_");
+  sgd_cpu(call,
+          sgd_args<float>(factor, lr, momentum, dampening, nesterov, weight_decay,
+                          decoupled_weight_decay, maximize, first_step),
+          sgd_args<double>(factor, lr, momentum, dampening, nesterov, weight_decay,
+                           decoupled_weight_decay, maximize, first_step));
+}
+
+template <class C>
+AdamwArgs<C> adamw_args(double factor, double lr, double beta1, double beta2, double eps,
+                        double weight_decay, bool maximize, int64_t step_index) {
+  AdamwArgs<C> args;
+  args.gradient_factor = C(factor);
+  args.one_minus_beta1 = C(1.0 - beta1);
+  args.beta2 = C(beta2);
+  args.one_minus_beta2 = C(1.0 - beta2);
+  args.sqrt_correction2 = C(std::pow(1.0 - std::pow(beta2, double(step_index)), 0.5));
+  args.eps = C(eps);
+  args.minus_step_size = C(-(lr / (1.0 - std::pow(beta1, double(step_index)))));
+  args.lr_weight_decay = C(lr * weight_decay);
+  args.maximize = maximize;
+  args.decay = weight_decay != 0;
+  return args;
+}
+
+void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors deltas,
+            Tensors bases, MaybeTensor grad_norm, MaybeTensor grad_scale, MaybeTensor found_inf,
+            MaybeTensor landed, Tensors undo, std::vector<int64_t> undo_offsets, double lr,
+            double beta1, double beta2, double eps, double weight_decay, bool maximize,
+            int64_t step_index, double max_grad_norm, std::string rounding, int64_t seed) {
+  if (is_set(found_inf, "adamw_")) return;
+  UpdateCall call = make_call(
+      {params, grads, deltas, bases, undo, landed, undo_offsets, rounding, seed}, "adamw_");
+  call.states[0] = describe_floats(exp_avgs, "adamw_", "exp_avgs", true, call.params);
+  call.states[1] = describe_floats(exp_avg_sqs, "adamw_", "exp_avg_sqs", true, call.params);
+  call.reads_weight = weight_decay != 0;
+  const double factor = gradient_factor(grad_norm, max_grad_norm, grad_scale, "adamw_");
+  adamw_cpu(
+      call,
+      adamw_args<float>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index),
+      adamw_args<double>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index));
+}
+
+Tensor grad_norm(Tensors grads) {
+  const Views views = describe_all(grads, "grad_norm", "grads", false);
+  bool wide = false;
+  for (size_t i = 0; i < views.size(); ++i) {
+    STD_TORCH_CHECK(views[i].is_float(), "grad_norm: grads[", i,
+                    "] must be float32, bfloat16, float16 or float64; convert it.");
+    wide = wide || views[i].dtype == Dtype::F64;
+  }
+  const double norm = std::sqrt(sum_of_squares_cpu(views));
+  const std::vector<int64_t> no_dims;
+  Tensor result = torch::stable::empty(no_dims, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) {
+    *static_cast<double*>(result.data_ptr()) = norm;
+  } else {
+    *static_cast<float*>(result.data_ptr()) = float(norm);
+  }
+  return result;
+}
+
+void copy_(Tensors dsts, Tensors srcs) {
+  const Views to = describe_all(dsts, "copy_", "dsts", true);
+  const Views from = describe_all(srcs, "copy_", "srcs", false, &to);
+  for (size_t i = 0; i < to.size(); ++i) {
+    STD_TORCH_CHECK(dsts[i].scalar_type() == srcs[i].scalar_type(), "copy_: srcs[", i,
+                    "] and dsts[", i, "] differ in dtype; bits are copied, nothing is converted.");
+  }
+  copy_cpu(to, from);
+}
+
+void undo_restore_(Tensors params, Tensors undo, std::vector<int64_t> undo_offsets) {
+  const Views views = describe_all(params, "undo_restore_", "params", true);
+  const UndoState state = undo_state(undo, undo_offsets, views, "undo_restore_");
+  if (state.offsets != nullptr) undo_restore_cpu(views, state);
+}
+
+Tensor checksum(Tensors tensors) {
+  const Views views = describe_all(tensors, "checksum", "tensors", false);
+  for (size_t i = 0; i < views.size(); ++i) {
+    STD_TORCH_CHECK(views[i].element_size <= 8, "checksum: tensors[", i, "] has elements of ",
+                    views[i].element_size, " bytes; at most 8 are supported. View it as real.");
+  }
+  const std::vector<int64_t> no_dims;
+  Tensor result = torch::stable::empty(no_dims, ScalarType::Long);
+  *static_cast<int64_t*>(result.data_ptr()) = checksum_cpu(views);
+  return result;
+}
+
+}  // namespace
+}  // namespace ttt_fast
+
+// The schemas of ttt_fast/ops.py less `backend`; tests/test_ops_contract.py compares them.
+STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor(d!)[] deltas, Tensor[] bases, Tensor? grad_norm, Tensor? grad_scale, "
+      "Tensor? found_inf, Tensor(e!)? landed, Tensor(f!)[] undo, int[] undo_offsets, *, "
+      "float lr, float momentum, float dampening, bool nesterov, float weight_decay, "
+      "bool decoupled_weight_decay, bool maximize, bool first_step, float max_grad_norm, "
+      "str rounding, int seed) -> ()");
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] deltas, Tensor[] bases, Tensor? grad_norm, "
+      "Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? landed, Tensor(f!)[] undo, "
+      "int[] undo_offsets, *, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, bool maximize, int step_index, float max_grad_norm, str rounding, "
+      "int seed) -> ()");
+  m.def("grad_norm(Tensor[] grads) -> Tensor");
+  m.def("copy_(Tensor(a!)[] dsts, Tensor[] srcs) -> ()");
+  m.def("undo_restore_(Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets) -> ()");
+  m.def("checksum(Tensor[] tensors) -> Tensor");
+}
+
+// Not the CPU key: the dispatcher finds a device from the arguments, and an empty list has none.
+STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
+  m.impl("sgd_", TORCH_BOX(&ttt_fast::sgd_));
+  m.impl("adamw_", TORCH_BOX(&ttt_fast::adamw_));
+  m.impl("grad_norm", TORCH_BOX(&ttt_fast::grad_norm));
+  m.impl("copy_", TORCH_BOX(&ttt_fast::copy_));
+  m.impl("undo_restore_", TORCH_BOX(&ttt_fast::undo_restore_));
+  m.impl("checksum", TORCH_BOX(&ttt_fast::checksum));
+}

@@ -1,0 +1,334 @@
+"""What one step sees: rows of tokens, and which delta each row reads and trains."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+_TOKEN_FIELDS = ("labels", "attention_mask", "position_ids", "token_weights")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N rows of T tokens. Tensors as in Hugging Face; None means the usual default.
+
+    Attributes:
+        input_ids: (N, T) int64.
+        labels: (N, T) int64, −100 where there is nothing to predict; default the unmasked input_ids.
+        attention_mask: (N, T), 0 at padding; default all ones.
+        position_ids: (N, T); default counted from the mask.
+        token_weights: (N, T) weight of predicting the token at each position.
+        row_weights: (N,) weight of each row in its delta's loss; default the mean over the delta's rows.
+        past_key_values: a cache in front of the rows, for models that take one.
+        delta_index: (N,) int64, which delta each row belongs to; default all 0.
+    """
+
+    input_ids: Tensor
+    labels: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    token_weights: Tensor | None = None
+    row_weights: Tensor | None = None
+    past_key_values: Any = None
+    delta_index: Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """N."""
+        return self.input_ids.shape[0]
+
+    def rows(self, index: Tensor) -> Batch:
+        """The rows whose numbers ``index`` (M,) holds."""
+        if index.tolist() == list(range(self.n_rows)):
+            return self
+        if self.past_key_values is not None:
+            raise ValueError(
+                "Batch: past_key_values belongs to all rows and cannot be divided among deltas; give one "
+                "batch for each delta."
+            )
+        chosen = {
+            f.name: getattr(self, f.name)[index]
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **chosen)
+
+    def model_inputs(self, model_arguments: frozenset[str]) -> dict[str, Any]:
+        """Keyword arguments of the model's forward.
+
+        Position ids are passed where they are not 0, 1, 2, ... so that padding on either side changes nothing.
+        """
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        padded = bool((self.attention_mask == 0).any())
+        if padded:
+            inputs["attention_mask"] = self._whole_mask()
+        if self.position_ids is not None and "position_ids" in model_arguments:
+            inputs["position_ids"] = self.position_ids
+        if self.past_key_values is not None:
+            # The forward appends to the cache that it is given, and the next step wants it as it was.
+            inputs["past_key_values"] = copy.deepcopy(self.past_key_values)
+        return {name: value for name, value in inputs.items() if name in model_arguments}
+
+    def _whole_mask(self) -> Tensor:
+        """The mask with ones in front for what is in the cache, (N, past + T)."""
+        if self.past_key_values is None:
+            return self.attention_mask
+        past = self.attention_mask.new_ones(self.n_rows, self.past_key_values.get_seq_length())
+        return torch.cat([past, self.attention_mask], dim=1)
+
+
+def forward_arguments(model: nn.Module) -> frozenset[str]:
+    """Names that the model's forward takes, those of the models inside a wrapper included."""
+    names: set[str] = set()
+    while isinstance(model, nn.Module):
+        names |= set(inspect.signature(model.forward).parameters)
+        # PEFT, DistributedDataParallel and torch.compile hand on whatever they are given.
+        inner = getattr(model, "get_base_model", lambda model=model: None)()
+        model = inner or getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    return frozenset(names)
+
+
+def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
+    """Check a batch against the model and fill in what was left out.
+
+    Raises:
+        TypeError: not a Batch, or ids that are not integers.
+        ValueError: shapes that do not fit, nothing to learn from, ids outside the vocabulary, too long a prompt,
+            deltas that do not exist.
+    """
+    if not isinstance(batch, Batch):
+        raise TypeError(
+            f"step: got {type(batch).__name__}; give a ttt_fast.Batch(input_ids=..., ...)."
+        )
+    ids = _integer_ids(batch.input_ids)
+    device = model.get_input_embeddings().weight.device
+    N, T = ids.shape
+    _check_ids(ids, model)
+    mask = batch.attention_mask
+    mask = torch.ones_like(ids) if mask is None else _like_ids("attention_mask", mask, ids)
+    mask = (mask != 0).long()
+    labels = ids if batch.labels is None else _like_ids("labels", batch.labels, ids)
+    # A row's first token has nothing before it: on the left of it is padding, or the start.
+    predictable = torch.zeros_like(mask, dtype=torch.bool)
+    predictable[:, 1:] = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    labels = labels.masked_fill(~predictable, IGNORE_INDEX)
+    _check_labels(labels, ids, mask, model)
+    position_ids = batch.position_ids
+    if position_ids is not None:
+        position_ids = _like_ids("position_ids", position_ids, ids)
+    elif bool((mask == 0).any()) and batch.past_key_values is None:
+        position_ids = (mask.long().cumsum(1) - 1).clamp_(min=0)
+    weights = batch.token_weights
+    if weights is not None:
+        weights = _like_ids("token_weights", weights, ids)
+        kept = (weights[:, 1:] * (labels[:, 1:] != IGNORE_INDEX)).sum(1)
+        if not bool(torch.isfinite(weights).all()) or bool((kept == 0).any()):
+            raise ValueError(
+                "adapt: token_weights must be finite and must not sum to 0 over the predicted tokens of a row."
+            )
+    delta_index = batch.delta_index
+    if delta_index is None:
+        delta_index = torch.zeros(N, dtype=torch.int64)
+    delta_index = _per_row("delta_index", delta_index, N).long()
+    if int(delta_index.min()) < 0 or int(delta_index.max()) >= n_deltas:
+        raise ValueError(
+            f"step: delta_index has values {int(delta_index.min())} to {int(delta_index.max())} but the session "
+            f"has {n_deltas} deltas; they count from 0."
+        )
+    row_weights = batch.row_weights
+    if row_weights is not None:
+        row_weights = _per_row("row_weights", row_weights, N)
+        if not bool(torch.isfinite(row_weights).all()):
+            raise ValueError("adapt: row_weights must be finite.")
+    tensors = {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": mask,
+        "position_ids": position_ids,
+        "token_weights": weights,
+        "row_weights": row_weights,
+        "delta_index": delta_index,
+    }
+    return Batch(
+        past_key_values=batch.past_key_values,
+        **{k: None if v is None else v.to(device) for k, v in tensors.items()},
+    )
+
+
+def _integer_ids(input_ids: Tensor) -> Tensor:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"adapt: input_ids is {type(input_ids).__name__}; give a tensor of token ids (N, T)."
+        )
+    if input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool:
+        raise TypeError(f"adapt: input_ids has dtype {input_ids.dtype}; token ids are integers.")
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"adapt: input_ids has shape {tuple(input_ids.shape)}; it must be (rows, tokens)."
+        )
+    if input_ids.numel() == 0:
+        raise ValueError(
+            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two tokens."
+        )
+    # A clone of an inference tensor made outside inference mode is an ordinary tensor.
+    return input_ids.clone().long() if input_ids.is_inference() else input_ids.long()
+
+
+def _like_ids(name: str, tensor: Tensor, ids: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.shape != ids.shape:
+        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(
+            f"adapt: {name} is {got} but input_ids is {tuple(ids.shape)}; they must agree."
+        )
+    return (tensor.clone() if tensor.is_inference() else tensor).to(ids.device)
+
+
+def _per_row(name: str, tensor: Tensor, n_rows: int) -> Tensor:
+    tensor = torch.as_tensor(tensor)
+    tensor = tensor.clone() if tensor.is_inference() else tensor
+    if tensor.shape != (n_rows,):
+        raise ValueError(
+            f"adapt: {name} has shape {tuple(tensor.shape)}; it needs one value for each of the {n_rows} rows."
+        )
+    return tensor
+
+
+def _check_ids(ids: Tensor, model: nn.Module) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"adapt: token ids run from {low} to {high} but the model's vocabulary has {vocabulary} entries "
+            f"(0 to {vocabulary - 1}). Was the prompt tokenised for another model?"
+        )
+
+
+def _check_labels(labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module) -> None:
+    """Every row needs a token to predict, and must fit the model's context."""
+    lengths = mask.sum(1)
+    context = context_length(model)
+    for row in range(ids.shape[0]):
+        length = int(lengths[row])
+        if length < 2:
+            raise ValueError(
+                f"adapt: prompt {row} has {length} token{'s' * (length != 1)}, so there is nothing to predict. "
+                f"Give at least two tokens."
+            )
+        if context is not None and length > context:
+            raise ValueError(
+                f"adapt: prompt {row} has {length} tokens but the model's context is {context}. Shorten it."
+            )
+    kept = labels[:, 1:] != IGNORE_INDEX
+    masked_out = (~kept.any(1)).nonzero().flatten().tolist()
+    if masked_out:
+        raise ValueError(
+            f"adapt: labels mask out every token of prompt {masked_out[0]}, so there is nothing to learn from. "
+            f"Pass labels with at least one kept token after the first."
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"adapt: labels has value {int(labels[wrong][0])}; labels are token ids below {vocabulary}, or "
+            f"{IGNORE_INDEX} to leave a token out."
+        )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Longest prompt that the model's configuration allows, None if it does not say."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def pad_rows(
+    rows: Sequence[Tensor], pad_value: int, side: str = "left"
+) -> tuple[Tensor, Tensor]:
+    """Stack 1-D rows of different lengths; return (N, T) and the (N, T) int64 mask."""
+    T = max(row.numel() for row in rows)
+    out = torch.full((len(rows), T), pad_value, dtype=rows[0].dtype, device=rows[0].device)
+    mask = torch.zeros((len(rows), T), dtype=torch.int64, device=rows[0].device)
+    for n, row in enumerate(rows):
+        span = slice(T - row.numel(), T) if side == "left" else slice(0, row.numel())
+        out[n, span] = row
+        mask[n, span] = 1
+    return out, mask
+
+
+def as_prompts(prompt: Any, tokenizer: Any = None) -> tuple[list[Tensor], Mapping[str, Tensor]]:
+    """Turn what a user passes as a prompt into rows of ids, with the fields of a tokenizer's output.
+
+    Accepts text or a list of texts (with a tokenizer), a tensor (T,) or (N, T), lists of ids, a list of tensors,
+    and the mapping that a tokenizer returns.
+
+    Returns:
+        rows, each (T,) int64, and further fields ("attention_mask", ...) of a mapping.
+    """
+    extra: Mapping[str, Tensor] = {}
+    if isinstance(prompt, Mapping):
+        if "input_ids" not in prompt:
+            raise ValueError(f"adapt: got a mapping with {sorted(prompt)}; it needs 'input_ids'.")
+        fields_given = {name: _field(name, prompt[name]) for name in _TOKEN_FIELDS if name in prompt}
+        extra = {name: value for name, value in fields_given.items() if value is not None}
+        prompt = prompt["input_ids"]
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if isinstance(prompt, np.ndarray):
+        prompt = torch.as_tensor(prompt)
+    if isinstance(prompt, Tensor):
+        if prompt.dim() not in (1, 2):
+            raise ValueError(
+                f"adapt: input_ids has shape {tuple(prompt.shape)}; it must be (tokens,) or (rows, tokens)."
+            )
+        prompt = list(prompt if prompt.dim() == 2 else prompt[None])
+    if not isinstance(prompt, Sequence):
+        raise TypeError(
+            f"adapt: got {type(prompt).__name__}; give token ids, a tokenizer's output, or text with a tokenizer."
+        )
+    if len(prompt) == 0:
+        raise ValueError(
+            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two tokens."
+        )
+    if all(isinstance(item, str) for item in prompt):
+        if tokenizer is None:
+            raise ValueError(
+                "adapt: got text but the trainer has no tokenizer. Pass TTTTrainer(model, config, "
+                "tokenizer=tokenizer), or token ids."
+            )
+        return [torch.tensor(tokenizer(item)["input_ids"]) for item in prompt], extra
+    if all(isinstance(item, int) for item in prompt):
+        return [torch.tensor(prompt)], extra
+    rows = [torch.as_tensor(item) for item in prompt]
+    for n, row in enumerate(rows):
+        if row.dim() == 2 and row.shape[0] == 1:
+            rows[n] = row[0]
+        elif row.dim() != 1:
+            raise ValueError(
+                f"adapt: prompt {n} has shape {tuple(row.shape)}; each prompt of a list is (tokens,)."
+            )
+    return rows, extra
+
+
+def _field(name: str, value: Any) -> Tensor | None:
+    """A field of a tokenizer's output as a tensor; None for masks of ones that are as ragged as the ids."""
+    if isinstance(value, Sequence) and len({np.size(row) for row in value}) > 1:
+        if name == "attention_mask" and all(np.all(row) for row in value):
+            return None
+        raise ValueError(
+            f"adapt: {name} has rows of different lengths; pad them (tokenizer(..., padding=True))."
+        )
+    return torch.as_tensor(np.asarray(value) if isinstance(value, Sequence) else value)

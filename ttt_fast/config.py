@@ -1,0 +1,178 @@
+"""The settings of an adaptation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ttt_fast.backend import BACKENDS
+from ttt_fast.ops import ROUNDINGS
+
+Schedule = float | Sequence[float] | Callable[[int], float]
+
+_CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "reduction": ("mean", "sum"),
+    "engine": ("auto", "dense"),
+    "accumulate": ("weight", "delta"),
+    "rounding": ROUNDINGS,
+    "snapshot": ("device", "host", "undo"),
+    "backend": ("auto", *BACKENDS),
+}
+_GROUP_OPTIONS = (
+    "lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "betas", "eps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TTTConfig:
+    """Settings of an adaptation; names and meanings follow ``torch.optim``.
+
+    Args:
+        steps: gradient steps K.
+        lr: step size; a sequence gives one for each step, a function maps the step (from 0) to one.
+        momentum: SGD's momentum.
+        dampening: SGD's dampening, not applied on the first step.
+        nesterov: Nesterov momentum.
+        weight_decay: decay coefficient: coupled (L2) for "sgd", decoupled for "adamw".
+        decoupled_weight_decay: decouple it for "sgd" too.
+        max_grad_norm: clip threshold of the global gradient norm, None for no clipping.
+        optimizer: "sgd" or "adamw".
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        scope: which parameters adapt, see :func:`ttt_fast.select_parameters`.
+        layers: which decoder layers, e.g. ``"-4:"`` for the last four; None for all.
+        param_groups: overrides for some parameters: dicts with "params" (a scope) and any of lr, momentum,
+            dampening, nesterov, weight_decay, decoupled_weight_decay, betas, eps. The first match counts.
+        reduction: a row's loss is the "mean" or the "sum" over its tokens.
+        engine: "auto" or "dense".
+        accumulate: "weight", or "delta": keep Δ in float32 and set W = round(W₀ + Δ).
+        rounding: "nearest" (one rounding a step), "stochastic" (seeded), or "torch" (bitwise what stock torch does).
+        snapshot: where the original weights are kept: "device", "host", or "undo" (sparse log, 16-bit weights).
+        seed: of stochastic rounding and of dropout.
+        dropout: leave dropout on during steps (the model runs in eval mode otherwise).
+        check_every: steps between looks at the losses for non-finite values.
+        backend: "auto", "torch" or "cpp".
+
+    Raises:
+        ValueError: a value out of range or a combination that cannot work.
+    """
+
+    steps: int = 20
+    lr: Schedule = 1e-3
+    momentum: float = 0.9
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
+    max_grad_norm: float | None = 10.0
+    optimizer: str = "sgd"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    scope: Any = "all"
+    layers: Any = None
+    param_groups: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    reduction: str = "mean"
+    engine: str = "auto"
+    accumulate: str = "weight"
+    rounding: str = "nearest"
+    snapshot: str = "device"
+    seed: int = 0
+    dropout: bool = False
+    check_every: int = 1
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"TTTConfig: {name}={value!r} is unknown; use one of "
+                    f"{', '.join(map(repr, choices))}."
+                )
+        for name, least in (("steps", 0), ("check_every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"TTTConfig: {name}={value!r}; it must be an integer >= {least}.")
+        _check_options("TTTConfig", self, self.steps)
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"TTTConfig: max_grad_norm={self.max_grad_norm!r}; it must be > 0, or None to not clip."
+            )
+        if self.accumulate == "delta" and self.rounding == "torch":
+            raise ValueError(
+                "TTTConfig: rounding='torch' is stock torch's update and keeps no delta; "
+                "use accumulate='weight' with it."
+            )
+        if self.accumulate == "delta" and self.snapshot != "device":
+            raise ValueError(
+                f"TTTConfig: accumulate='delta' reads the original weights at every step, so they must be "
+                f"on the device; snapshot={self.snapshot!r} is not. Use snapshot='device'."
+            )
+        for i, group in enumerate(self.param_groups):
+            self._check_group(i, group)
+
+    def _check_group(self, i: int, group: Mapping[str, Any]) -> None:
+        unknown = sorted(set(group) - {"params", *_GROUP_OPTIONS})
+        if unknown or "params" not in group:
+            raise ValueError(
+                f"TTTConfig: param_groups[{i}] has keys {sorted(group)}; it needs 'params' (a scope) and may "
+                f"have {', '.join(_GROUP_OPTIONS)}."
+            )
+        _check_options(f"TTTConfig: param_groups[{i}]", self.for_group(group), self.steps)
+
+    def for_group(self, group: Mapping[str, Any]) -> TTTConfig:
+        """These settings with the overrides of one of ``param_groups``."""
+        overrides = {name: value for name, value in group.items() if name != "params"}
+        return replace(self, param_groups=(), **overrides)
+
+    def lr_at(self, step: int) -> float:
+        """Step size at a step, counted from 0.
+
+        Raises:
+            ValueError: the schedule gives no finite, non-negative number there.
+        """
+        if callable(self.lr):
+            lr = float(self.lr(step))
+        elif isinstance(self.lr, Sequence):
+            if step >= len(self.lr):
+                raise ValueError(
+                    f"TTTConfig: lr has {len(self.lr)} values but step {step + 1} was asked for; give one "
+                    f"for each step."
+                )
+            lr = float(self.lr[step])
+        else:
+            lr = float(self.lr)
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(
+                f"TTTConfig: lr={lr} at step {step + 1}; it must be finite and >= 0."
+            )
+        return lr
+
+
+def _check_options(where: str, config: TTTConfig, steps: int) -> None:
+    """Ranges of the options that a parameter group may override."""
+    if not callable(config.lr):
+        values = config.lr if isinstance(config.lr, Sequence) else [config.lr]
+        if isinstance(config.lr, Sequence) and len(config.lr) < steps:
+            raise ValueError(
+                f"{where}: lr has {len(config.lr)} values for {steps} steps; give one for each step."
+            )
+        for lr in values:
+            if not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
+                raise ValueError(f"{where}: lr={lr!r}; it must be finite and >= 0.")
+    for name in ("momentum", "weight_decay", "eps"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{where}: {name}={value!r}; it must be finite and >= 0.")
+    if not math.isfinite(config.dampening):
+        raise ValueError(f"{where}: dampening={config.dampening!r}; it must be finite.")
+    if config.nesterov and (config.momentum <= 0 or config.dampening != 0):
+        raise ValueError(
+            f"{where}: nesterov needs momentum > 0 and dampening = 0; got momentum={config.momentum}, "
+            f"dampening={config.dampening}."
+        )
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"{where}: betas={config.betas!r}; both must be in [0, 1).")

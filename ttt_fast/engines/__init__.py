@@ -1,0 +1,1 @@
+"""Engines: how the deltas of a session are kept and trained."""

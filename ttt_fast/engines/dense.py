@@ -1,0 +1,289 @@
+"""The dense engine: weights change in place, a snapshot brings them back.
+
+A step is one forward and backward, the global gradient norm, and one fused pass over the selected parameters
+(clip, decay, momentum, round, write). The weights can hold one delta at a time; with several, the others wait in
+copies and are swapped in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ttt_fast import ops
+from ttt_fast.config import TTTConfig
+from ttt_fast.engines.gradients import GradientBuffers
+from ttt_fast.reference import compute_dtype
+from ttt_fast.scope import Selection, select_parameters
+from ttt_fast.snapshot import Snapshot
+
+
+@dataclass
+class _DeltaState:
+    """What the optimizer knows of one delta.
+
+    Attributes:
+        state: optimizer tensors by name, each a list with an entry for every selection.
+        step_counts: steps that each selection has taken: a parameter that got no gradient sits a step out.
+        deltas: float32 Δ of each selection (accumulate="delta").
+        weights: the adapted weights while another delta is in the model; None before it was ever swapped out.
+        landed: (2,) float64, [Σ⟨W' − W, Δ⟩, Σ‖Δ‖²].
+        steps: steps taken.
+    """
+
+    state: dict[str, list[Tensor]]
+    step_counts: list[int]
+    deltas: list[Tensor]
+    landed: Tensor
+    weights: list[Tensor] | None = None
+    spare_weights: list[Tensor] | None = field(default=None, repr=False)
+    steps: int = 0
+
+
+class DenseEngine:
+    """Trains deltas in the model's own weights. Buffers are allocated once and reused from prompt to prompt.
+
+    Args:
+        model: the user's model.
+        selections: what adapts.
+        config: settings.
+
+    Attributes:
+        resident: the delta whose weights are in the model; None for the original weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, selections: Sequence[Selection], config: TTTConfig
+    ) -> None:
+        self._model = model
+        self.selections = list(selections)
+        self.config = config
+        self.views = [selection.view() for selection in self.selections]
+        # rounding="torch" promises stock torch's bits, so autograd sums the gradients, too.
+        self.gradients = GradientBuffers(model, self.selections, reuse=config.rounding != "torch")
+        self.snapshot: Snapshot | None = None
+        self._groups = self._make_groups(model)
+        self._states: list[_DeltaState] = []
+        self._spare: list[_DeltaState] = []
+        self.resident: int | None = None
+
+    # ------------------------------------------------------------------ life of a session
+
+    @torch.inference_mode(False)
+    def begin(self, n_deltas: int) -> None:
+        """Take the snapshot and start ``n_deltas`` deltas at zero."""
+        if n_deltas > 1 and self.config.snapshot == "undo":
+            raise ValueError(
+                f"snapshot='undo' logs the updates of one delta; the session has {n_deltas}. "
+                f"Use snapshot='device' or 'host'."
+            )
+        if self.snapshot is None:
+            self.snapshot = Snapshot(
+                self.selections,
+                where=self.config.snapshot,
+                module=self._model,
+                backend=self.config.backend,
+            )
+        else:
+            self.snapshot.take()
+        # In two steps: a begin that fails half way must not leave a state in both lists.
+        self._spare, self._states = self._spare + self._states, []
+        self._states = [self._new_state() for _ in range(n_deltas)]
+        self.resident = 0 if n_deltas == 1 else None
+
+    @torch.inference_mode(False)
+    def restore(self) -> None:
+        """Give the model its weights back, bit for bit."""
+        self.snapshot.restore()
+        self.resident = None
+
+    @torch.inference_mode(False)
+    def make_resident(self, delta: int) -> None:
+        """Put a delta's weights into the model."""
+        if self.resident == delta:
+            return
+        self.set_aside()
+        weights = self._states[delta].weights
+        if weights is None:
+            self.snapshot.restore()
+        else:
+            ops.copy_(self.views, weights, backend=self.config.backend)
+        self.resident = delta
+
+    @torch.inference_mode(False)
+    def set_aside(self) -> None:
+        """Keep the resident delta's weights in a copy, so that another may take the model."""
+        if self.resident is None:
+            return
+        state = self._states[self.resident]
+        if state.weights is None:
+            state.weights = state.spare_weights or [torch.empty_like(v) for v in self.views]
+        ops.copy_(state.weights, self.views, backend=self.config.backend)
+        self.resident = None
+
+    def merge(self) -> None:
+        """Leave the resident weights in the model for good."""
+        self.resident = None
+
+    # ------------------------------------------------------------------ one step
+
+    @torch.inference_mode(False)
+    def update(self, delta: int, found_inf: Tensor) -> Tensor:
+        """Clip and apply the collected gradients to the resident delta.
+
+        Args:
+            delta: which one.
+            found_inf: 0-dim; set to 1 if the norm is not finite; where it is not 0 nothing changes.
+
+        Returns:
+            0-dim gradient norm, a tensor: nothing here waits for the device.
+        """
+        gradients = self.gradients.collect()
+        norm = self._norm([g for g in gradients if g is not None])
+        found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(norm)).to(found_inf)))
+        state = self._states[delta]
+        calls: dict[tuple[int, int, torch.device], list[int]] = {}
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                key = (self._groups[i], state.step_counts[i], self.views[i].device)
+                calls.setdefault(key, []).append(i)
+                state.step_counts[i] += 1
+        for number, ((group, taken, _), members) in enumerate(calls.items()):
+            self._update_group(delta, group, taken, members, gradients, norm, found_inf, number)
+        state.steps += 1
+        for selection in self.selections:
+            selection.param.grad = None
+        return norm
+
+    def landed(self, delta: int) -> float:
+        """update_landed = Σ⟨W' − W, Δ⟩ / Σ‖Δ‖² of a delta; 1.0 before any update."""
+        dot, square = self._states[delta].landed.tolist()
+        return dot / square if square > 0 else 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the snapshot, the optimizer state and the weights that were set aside."""
+        total = self.snapshot.nbytes if self.snapshot else 0
+        for state in self._states:
+            lists = [*state.state.values(), state.deltas, state.weights or []]
+            total += sum(tensor.nbytes for tensors in lists for tensor in tensors)
+        return total
+
+    # ------------------------------------------------------------------ details
+
+    def _make_groups(self, model: nn.Module) -> list[int]:
+        """Number of the first entry of param_groups that matches each selection, -1 for none."""
+        members = [
+            {id(s.param) for s in select_parameters(model, group["params"])}
+            for group in self.config.param_groups
+        ]
+        chosen = []
+        for selection in self.selections:
+            matches = (i for i, ids in enumerate(members) if id(selection.param) in ids)
+            chosen.append(next(matches, -1))
+        for i in range(len(members)):
+            if i not in chosen:
+                raise ValueError(
+                    f"TTTConfig: param_groups[{i}] with params={self.config.param_groups[i]['params']!r} has "
+                    f"no parameter of scope {self.config.scope!r} left to act on. Widen the scope or drop it."
+                )
+        return chosen
+
+    def _group_config(self, group: int) -> TTTConfig:
+        return self.config if group < 0 else self.config.for_group(self.config.param_groups[group])
+
+    def _new_state(self) -> _DeltaState:
+        """A delta at zero, in buffers of an earlier session where there are any."""
+        if self._spare:
+            state = self._spare.pop()
+            state.spare_weights = state.weights or state.spare_weights
+            state.weights, state.steps = None, 0
+            state.step_counts = [0] * len(self.views)
+            for tensors in (*state.state.values(), state.deltas, [state.landed]):
+                for tensor in tensors:
+                    tensor.zero_()
+            return state
+        names = ("exp_avgs", "exp_avg_sqs") if self.config.optimizer == "adamw" else ()
+        if self.config.optimizer == "sgd" and self._uses_momentum():
+            names = ("momentum_buffers",)
+        return _DeltaState(
+            state={name: [self._new_state_tensor(v) for v in self.views] for name in names},
+            step_counts=[0] * len(self.views),
+            deltas=[torch.zeros_like(v, dtype=compute_dtype(v.dtype)) for v in self.views]
+            if self.config.accumulate == "delta"
+            else [],
+            landed=torch.zeros(2, dtype=torch.float64, device=self.views[0].device),
+        )
+
+    def _new_state_tensor(self, view: Tensor) -> Tensor:
+        # AdamW's second moment does not move in 16 bits: 0.999 v + 0.001 g² rounds back to v.
+        wide = self.config.optimizer == "adamw" and self.config.rounding != "torch"
+        dtype = compute_dtype(view.dtype) if wide else view.dtype
+        return torch.zeros(view.shape, dtype=dtype, device=view.device)
+
+    def _uses_momentum(self) -> bool:
+        return any(self._group_config(g).momentum > 0 for g in set(self._groups))
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Global norm over all devices, on the first gradient's device."""
+        if self.config.rounding == "torch":
+            return torch.nn.utils.get_total_norm(gradients, foreach=True)
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for gradient in gradients:
+            by_device.setdefault(gradient.device, []).append(gradient)
+        norms = [ops.grad_norm(g, backend=self.config.backend) for g in by_device.values()]
+        if len(norms) == 1:
+            return norms[0]
+        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+    def _update_group(
+        self,
+        delta: int,
+        group: int,
+        taken: int,
+        members: list[int],
+        gradients: list[Tensor | None],
+        norm: Tensor,
+        found_inf: Tensor,
+        number: int,
+    ) -> None:
+        """One call of the fused update: same options, same step count, same device."""
+        config, state = self._group_config(group), self._states[delta]
+        pick = lambda tensors: [tensors[i] for i in members] if tensors else []  # noqa: E731
+        params = pick(self.views)
+        device = params[0].device
+        originals = self.snapshot.originals if self.config.accumulate == "delta" else []
+        landed = torch.zeros_like(state.landed, device=device)
+        options = {
+            "lr": config.lr_at(state.steps),
+            "weight_decay": config.weight_decay,
+            "grad_norm": norm.to(device),
+            "max_grad_norm": config.max_grad_norm,
+            "deltas": pick(state.deltas),
+            "bases": pick(originals),
+            "rounding": config.rounding,
+            # One stream of random bits for each (seed, delta, step, call).
+            "seed": ((config.seed * 1_000_003 + delta) * 1_000_003 + state.steps) * 64 + number,
+            "found_inf": found_inf.to(device),
+            "landed": landed,
+            "undo": self.snapshot.undo_log(members) if self.config.snapshot == "undo" else None,
+            "backend": config.backend,
+        }
+        options["seed"] &= (1 << 63) - 1
+        if config.optimizer == "adamw":
+            ops.adamw_(
+                params, pick(gradients), pick(state.state["exp_avgs"]),
+                pick(state.state["exp_avg_sqs"]), betas=config.betas, eps=config.eps,
+                step_index=taken + 1, **options,
+            )  # fmt: skip
+        else:
+            buffers = pick(state.state["momentum_buffers"]) if config.momentum > 0 else []
+            ops.sgd_(
+                params, pick(gradients), buffers, momentum=config.momentum,
+                dampening=config.dampening, nesterov=config.nesterov, first_step=taken == 0,
+                decoupled_weight_decay=config.decoupled_weight_decay, **options,
+            )  # fmt: skip
+        state.landed += landed.to(state.landed.device)

@@ -1,0 +1,586 @@
+"""FusedSGD and FusedAdamW: torch optimizers that clip and update in one pass over memory.
+
+Two changed lines turn an existing loop into a fused one:
+
+    - optimizer = torch.optim.SGD(params, lr=1e-3, momentum=0.9)
+    + optimizer = FusedSGD(params, lr=1e-3, momentum=0.9, max_grad_norm=1.0)
+      loss.backward()
+    - torch.nn.utils.clip_grad_norm_(params, 1.0)
+      optimizer.step()
+
+The norm and the clip coefficient stay tensors on the device; ``.grad`` is read, not rescaled.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ttt_fast import ops
+from ttt_fast.scope import RowSlice, Selection
+from ttt_fast.snapshot import Snapshot
+
+__all__ = ["FusedAdamW", "FusedOptimizer", "FusedSGD", "check_trainer"]
+
+Params = Iterable[Tensor | tuple[str, Tensor] | Selection | dict[str, Any]]
+
+_SETTINGS = (
+    "max_grad_norm", "clip_params", "rounding", "state_dtype", "seed", "backend", "last_grad_norm",
+    "_rows",
+)  # fmt: skip
+
+
+class _Member(NamedTuple):
+    """A parameter in a step: the key of its state, the weights that change, their gradient."""
+
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+
+
+class FusedOptimizer(Optimizer):
+    """What FusedSGD and FusedAdamW share: groups, the global norm, GradScaler, state.
+
+    Attributes:
+        max_grad_norm: clip threshold, None for no clipping. Not part of ``state_dict``.
+        last_grad_norm: 0-dim tensor, what ``clip_grad_norm_`` returns: the global norm before
+            clipping (of unscaled gradients) at the last step that was taken. None without
+            ``max_grad_norm``; ``float("inf")`` there gives the norm and never clips.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves the scale in self.grad_scale
+    # Without effect here; in the groups so that torch's optimizer can load our state_dict.
+    _torch_keys: dict[str, Any] = {"foreach": None, "fused": None, "differentiable": False}
+    _state_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        clip_params: Iterable[Tensor | Selection],
+        rounding: str,
+        state_dtype: torch.dtype | None,
+        seed: int,
+        snapshot: Snapshot | None,
+        backend: str,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm}: it must be above 0; use None for no clipping."
+            )
+        if rounding not in ops.ROUNDINGS:
+            known = ", ".join(map(repr, ops.ROUNDINGS))
+            raise ValueError(f"rounding={rounding!r} is unknown; use one of {known}.")
+        if state_dtype not in ((None,) if rounding == "torch" else (None, torch.float32)):
+            raise ValueError(
+                f"state_dtype={state_dtype} with rounding={rounding!r}; use None (dtype of each "
+                f"parameter, as torch) or, where rounding is not 'torch', torch.float32."
+            )
+        self.max_grad_norm = max_grad_norm
+        self.clip_params = list(dict.fromkeys(_unwrap(param) for param in clip_params))
+        self.rounding = rounding
+        self.state_dtype = state_dtype
+        self.seed = seed
+        self.snapshot = snapshot
+        self.backend = backend
+        self.last_grad_norm: Tensor | None = None
+        self._rows: dict[Tensor, RowSlice] = {}
+        for i, param in enumerate(self.clip_params):
+            self._check_param(param, f"clip_params[{i}]")
+        self._check_options(defaults)
+        super().__init__(params, {**self._torch_keys, **defaults})
+
+    # ------------------------------------------------------------------------ what a subclass says
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Raise ValueError, worded as torch's, for values of a group that cannot be."""
+        lr = options["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not options["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
+        for key in ("amsgrad", "differentiable"):
+            if options.get(key):
+                raise ValueError(
+                    f"{type(self).__name__} has no {key}=True. Keep torch's optimizer for this "
+                    f"parameter group, or set {key}=False in it."
+                )
+
+    def _age(self, group: dict[str, Any], param: Tensor) -> int:
+        """Return what must agree among parameters that are updated in one call."""
+        raise NotImplementedError
+
+    def _update(
+        self, group: dict[str, Any], members: Sequence[_Member], age: int, **common: Any
+    ) -> None:
+        """Update parameters of one group, device and age."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------ step
+
+    # torch.compile leaves the step alone: it would compile anew for every step's index and lr.
+    # torch.compiler.disable would import torch._dynamo with this module; this is its lazy form.
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clip and update every parameter that has a gradient.
+
+        Parameters whose gradient is None are skipped whole, as torch does: no decay, no momentum.
+        A step that GradScaler found to have overflowed changes nothing. For ``rounding="torch"``
+        to be bitwise torch's under a GradScaler, call ``scaler.unscale_(optimizer)`` before.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            TypeError: a sparse gradient, a DTensor or FSDP shard; nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        members = [self._members(g, group) for g, group in enumerate(self.param_groups)]
+        found_inf = getattr(self, "found_inf", None)
+        # The one value that the host reads, under a GradScaler only (which reads it itself for
+        # optimizers that are not fused): which step of a parameter is its first depends on it.
+        if found_inf is not None and found_inf.item():
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+        own = list(chain.from_iterable(members))
+        logged = self._logged(own)
+        norm = None
+        if self.max_grad_norm is not None:
+            norm = self.last_grad_norm = self._global_norm(own, grad_scale)
+        for group, in_group in zip(self.param_groups, members, strict=True):
+            batches: dict[Hashable, list[_Member]] = {}
+            for member in in_group:
+                key = (member.param.device, self._age(group, member.param))
+                batches.setdefault(key, []).append(member)
+            for (device, age), batch in batches.items():
+                undo = None
+                if self.snapshot is not None:
+                    undo = self.snapshot.undo_log([logged[m.param] for m in batch])
+                self._update(
+                    group, batch, age, max_grad_norm=self.max_grad_norm,
+                    grad_norm=None if norm is None else norm.to(device),
+                    grad_scale=None if grad_scale is None else grad_scale.to(device),
+                    rounding=self.rounding, seed=self._next_seed(group), undo=undo,
+                    maximize=group["maximize"], lr=float(group["lr"]), backend=self.backend,
+                    weight_decay=float(group["weight_decay"]),
+                )  # fmt: skip
+        if norm is not None:
+            owned = set(chain.from_iterable(group["params"] for group in self.param_groups))
+            others = [param for param in self.clip_params if param not in owned]
+            torch.nn.utils.clip_grads_with_norm_(others, self.max_grad_norm, norm)
+        return loss
+
+    def _members(self, group_index: int, group: dict[str, Any]) -> list[_Member]:
+        members = []
+        for i, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            # At each step, as FSDP may have taken the parameters since the optimizer was made.
+            self._check_param(param, _label(group, group_index, i))
+            rows = self._rows.get(param)
+            weight, grad = param.detach(), param.grad
+            if rows is not None:
+                weight, grad = rows.view(weight), rows.view(grad)
+            members.append(_Member(param, weight, grad))
+        return members
+
+    def _global_norm(self, own: Sequence[_Member], grad_scale: Tensor | None) -> Tensor:
+        """Norm of the gradients of ``clip_params``, in their order, and then of all others."""
+        for i, param in enumerate(self.clip_params):
+            self._check_param(param, f"clip_params[{i}]")
+        counted = set(self.clip_params)
+        grads = [param.grad for param in self.clip_params if param.grad is not None]
+        grads += [member.grad for member in own if member.param not in counted]
+        if self.rounding == "torch" and grad_scale is None:
+            return torch.nn.utils.get_total_norm(grads)
+        norm = _combine([ops.grad_norm(local, backend=self.backend) for local in _by_device(grads)])
+        return norm if grad_scale is None else norm / grad_scale.to(norm.device)
+
+    def _check_param(self, param: Tensor, label: str) -> None:
+        """Refuse what is not plain, dense and real: its norm or its update would be wrong."""
+        op = type(self).__name__
+        shard = None
+        if hasattr(param, "__tensor_flatten__"):
+            shard = type(param).__name__
+        elif getattr(param, "_fsdp_flattened", False):
+            shard = "FSDP shard"
+        if shard:
+            raise TypeError(
+                f"{op}: parameter {label} is a {shard}: the norm of the part that a process holds "
+                f"is not the global norm. Train an unsharded model, or use torch's optimizer."
+            )
+        if not param.is_floating_point():
+            raise TypeError(
+                f"{op}: parameter {label} is {str(param.dtype).removeprefix('torch.')}; only real "
+                f"floating point can be updated. Leave it out."
+            )
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise TypeError(
+                f"{op}: parameter {label} has a sparse gradient ({param.grad.layout}); a dense one "
+                f"is needed. Use nn.Embedding(sparse=False), or torch.optim.SparseAdam."
+            )
+
+    def _next_seed(self, group: dict[str, Any]) -> int:
+        """Return a seed not used before; the group keeps count, so that it is in state_dict."""
+        if self.rounding != "stochastic":
+            return 0
+        group["rounding_seed"] += 1
+        return group["rounding_seed"]
+
+    def _logged(self, own: Sequence[_Member]) -> dict[Tensor, int]:
+        """Position of every parameter in the snapshot; empty without one."""
+        if self.snapshot is None:
+            return {}
+        position = {_memory(view): i for i, view in enumerate(self.snapshot.views)}
+        for member in own:
+            if _memory(member.weight) not in position:
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter of shape {tuple(member.weight.shape)} is "
+                    f"not in the snapshot; make it of all that is optimized, where it is now."
+                )
+        return {member.param: position[_memory(member.weight)] for member in own}
+
+    def _new_state(self, weight: Tensor) -> Tensor:
+        wide = self.state_dtype or weight.dtype
+        return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, wide))
+
+    # ------------------------------------------------------------------------ groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; ``params`` may be tensors, (name, tensor) pairs or ``Selection``s.
+
+        Raises:
+            ValueError: an option that torch refuses as well.
+            TypeError: a complex parameter, a DTensor or FSDP shard.
+        """
+        params = param_group["params"]
+        if isinstance(params, Tensor | Selection):
+            params = [params]
+        if not isinstance(params, set):  # a set is for torch to refuse
+            params = list(params)
+        rows = {
+            item.param: item.rows
+            for item in params
+            if isinstance(item, Selection) and item.rows is not None
+        }
+        group = {**param_group, "params": type(params)(_unwrap(item) for item in params)}
+        if rows and len(set(group["params"])) < len(group["params"]):
+            raise ValueError(
+                "a parameter was selected twice; give one Selection with one row slice for each."
+            )
+        self._check_options({**self.defaults, **group})
+        super().add_param_group(group)
+        try:
+            for i, param in enumerate(group["params"]):
+                self._check_param(param, _label(group, len(self.param_groups) - 1, i))
+        except TypeError:
+            self.param_groups.pop()
+            raise
+        self._rows.update(rows)
+        if self.rounding == "stochastic":
+            # Far apart for every (seed, group): two tensors must not share their random bits.
+            start = random.Random(f"{self.seed}/{len(self.param_groups) - 1}").getrandbits(62)
+            group.setdefault("rounding_seed", start)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of torch's optimizer of the same name.
+
+        Options that torch's groups do not have (decoupled_weight_decay, ...) stay as they are here.
+
+        Raises:
+            ValueError: amsgrad or differentiable are on in a group, or groups of other sizes.
+        """
+        for group in state_dict["param_groups"]:
+            self._check_options({**self.defaults, **group})
+        super().load_state_dict(state_dict)
+        saved_keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(saved_keys, params, strict=True):
+            state = self.state.get(param, {})
+            if "step" in state:  # torch's fused and capturable optimizers keep it on the device
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
+            if self.state_dtype is None:
+                continue
+            for name in self._state_names:  # torch has cast them to the parameter's dtype
+                if state.get(name) is not None:
+                    wide = torch.promote_types(param.dtype, self.state_dtype)
+                    state[name] = state_dict["state"][key][name].to(param.device, wide)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps three attributes; what schedulers and hooks put on the instance stays out.
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return {**super().__getstate__(), **settings, "snapshot": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        current = self.__dict__.get("param_groups", [])  # empty when unpickled
+        for group, saved in zip(current, state["param_groups"], strict=False):
+            for key, value in group.items():
+                saved.setdefault(key, value)
+        super().__setstate__(state)
+
+
+class FusedSGD(FusedOptimizer):
+    """``torch.optim.SGD`` and ``clip_grad_norm_`` in one pass over memory.
+
+    The formula is that of :func:`ttt_fast.ops.sgd_`.
+
+    Args:
+        params: parameters, (name, parameter) pairs, :class:`ttt_fast.scope.Selection` (where it has
+            rows only those are updated and counted in the norm), or dicts of groups with options.
+        lr: step size. A 1-element tensor works; reading it waits for its device.
+        momentum: momentum factor.
+        dampening: dampening of momentum.
+        weight_decay: L2 coefficient.
+        nesterov: use Nesterov momentum.
+        decoupled_weight_decay: decay the weight itself instead of adding to the gradient.
+        maximize: ascend.
+        max_grad_norm: clip threshold of one norm over all groups; None for no clipping.
+        clip_params: what else counts in that norm, e.g. ``model.parameters()`` where a part of them
+            is optimized. Gradients of those that are not this optimizer's are clipped in place, as
+            ``clip_grad_norm_`` would, for whoever updates them.
+        rounding: how 16-bit weights are rounded: "nearest" once a step, "stochastic", or "torch",
+            bitwise what ``clip_grad_norm_`` and ``SGD`` with ``foreach=True`` do.
+        state_dtype: None for the dtype of each parameter, or torch.float32.
+        seed: of stochastic rounding.
+        snapshot: :class:`ttt_fast.Snapshot` of these parameters with ``where="undo"``; every step
+            logs to it. A copy of the optimizer (deepcopy, pickle) has none.
+        backend: "auto", "torch" or "cpp".
+
+    Raises:
+        ValueError: an option out of range, worded as torch's.
+        TypeError: a complex parameter, a DTensor or FSDP shard.
+    """
+
+    _state_names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        clip_params: Iterable[Tensor | Selection] = (),
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        snapshot: Snapshot | None = None,
+        backend: str = "auto",
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, decoupled_weight_decay=decoupled_weight_decay, maximize=maximize,
+        )  # fmt: skip
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, clip_params=clip_params,
+            rounding=rounding, state_dtype=state_dtype, seed=seed, snapshot=snapshot,
+            backend=backend,
+        )  # fmt: skip
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if not options["momentum"] >= 0.0:
+            raise ValueError(f"Invalid momentum value: {options['momentum']}")
+        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _age(self, group: dict[str, Any], param: Tensor) -> int:
+        started = self.state.get(param, {}).get("momentum_buffer") is not None
+        return 1 if started or not group["momentum"] else 0
+
+    def _update(
+        self, group: dict[str, Any], members: Sequence[_Member], age: int, **common: Any
+    ) -> None:
+        first_step = age == 0
+        buffers = []
+        if first_step:
+            buffers = [self._new_state(member.weight) for member in members]
+        elif group["momentum"]:
+            buffers = [self.state[member.param]["momentum_buffer"] for member in members]
+        ops.sgd_(
+            [member.weight for member in members], [member.grad for member in members], buffers,
+            momentum=group["momentum"], dampening=group["dampening"], nesterov=group["nesterov"],
+            decoupled_weight_decay=group["decoupled_weight_decay"], first_step=first_step, **common,
+        )  # fmt: skip
+        for member, buffer in zip(members, buffers, strict=False):
+            self.state[member.param]["momentum_buffer"] = buffer
+
+
+class FusedAdamW(FusedOptimizer):
+    """``torch.optim.AdamW`` and ``clip_grad_norm_`` in one pass over memory.
+
+    The formula is that of :func:`ttt_fast.ops.adamw_`.
+
+    Args:
+        params: as :class:`FusedSGD`.
+        lr: step size. A 1-element tensor works; reading it waits for its device.
+        betas: decay of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled decay.
+        maximize: ascend.
+        max_grad_norm: as :class:`FusedSGD`, as all that follow.
+        clip_params: what else counts in the norm.
+        rounding: "nearest", "stochastic" or "torch".
+        state_dtype: None for the dtype of each parameter, or torch.float32.
+        seed: of stochastic rounding.
+        snapshot: :class:`ttt_fast.Snapshot` of these parameters with ``where="undo"``; every step
+            logs to it. A copy of the optimizer (deepcopy, pickle) has none.
+        backend: "auto", "torch" or "cpp".
+
+    Raises:
+        ValueError: an option out of range, worded as torch's.
+        TypeError: a complex parameter, a DTensor or FSDP shard.
+    """
+
+    _torch_keys = {
+        **FusedOptimizer._torch_keys,
+        "amsgrad": False,
+        "capturable": False,
+        "decoupled_weight_decay": True,
+    }
+    _state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        clip_params: Iterable[Tensor | Selection] = (),
+        rounding: str = "nearest",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        snapshot: Snapshot | None = None,
+        backend: str = "auto",
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, clip_params=clip_params,
+            rounding=rounding, state_dtype=state_dtype, seed=seed, snapshot=snapshot,
+            backend=backend,
+        )  # fmt: skip
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if not options["eps"] >= 0.0:
+            raise ValueError(f"Invalid epsilon value: {options['eps']}")
+        for i, beta in enumerate(options["betas"]):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        if options.get("decoupled_weight_decay") is False and options["weight_decay"]:
+            raise ValueError(
+                "FusedAdamW decays the weight itself; this group adds the decay to the gradient. "
+                "Keep torch.optim.Adam for it, or set decoupled_weight_decay=True in it."
+            )
+
+    def _age(self, group: dict[str, Any], param: Tensor) -> int:
+        return int(self.state.get(param, {}).get("step", 0))  # a tensor on the CPU: no wait
+
+    def _update(
+        self, group: dict[str, Any], members: Sequence[_Member], age: int, **common: Any
+    ) -> None:
+        states = [
+            self.state.get(member.param)
+            or {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": self._new_state(member.weight),
+                "exp_avg_sq": self._new_state(member.weight),
+            }
+            for member in members
+        ]
+        ops.adamw_(
+            [member.weight for member in members], [member.grad for member in members],
+            [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states],
+            step_index=age + 1, betas=group["betas"], eps=group["eps"], **common,
+        )  # fmt: skip
+        for member, state in zip(members, states, strict=True):
+            state["step"] += 1
+            self.state[member.param] = state
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise if a Hugging Face ``Trainer`` clips gradients that its fused optimizer clips as well.
+
+    Trainer clips unless it has ``TrainingArguments(max_grad_norm=0)`` (the default is 1.0), and
+    nothing marks a gradient as clipped, so the optimizer cannot tell by itself: call this before
+    ``trainer.train()``. In an Accelerate or plain loop, leave out the call of ``clip_grad_norm_``.
+
+    Args:
+        trainer: a ``transformers.Trainer`` made with ``optimizers=(optimizer, scheduler or None)``.
+
+    Raises:
+        TypeError: the trainer does not (yet) have a fused optimizer.
+        ValueError: both clip.
+    """
+    optimizer = trainer.optimizer
+    while not isinstance(optimizer, FusedOptimizer):
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(
+                f"check_trainer: trainer.optimizer is {type(trainer.optimizer).__name__}, not a "
+                f"fused optimizer. Pass one as Trainer(optimizers=(optimizer, None))."
+            )
+        optimizer = optimizer.optimizer  # Accelerate's wrapper
+    theirs = trainer.args.max_grad_norm
+    if optimizer.max_grad_norm is not None and theirs:
+        raise ValueError(
+            f"Gradients would be clipped twice: TrainingArguments(max_grad_norm={theirs}) and "
+            f"{type(optimizer).__name__}(max_grad_norm={optimizer.max_grad_norm}). "
+            f"Set TrainingArguments(max_grad_norm=0), or leave max_grad_norm out of the optimizer."
+        )
+
+
+def _unwrap(item: Any) -> Any:
+    return item.param if isinstance(item, Selection) else item
+
+
+def _label(group: dict[str, Any], group_index: int, index: int) -> str:
+    """Name a parameter for an error message."""
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"{index} of group {group_index}"
+
+
+def _combine(norms: Sequence[Tensor]) -> Tensor:
+    """Norm of a list of norms, on the device of the first."""
+    if len(norms) == 1:
+        return norms[0]
+    if not norms:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells two views apart."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _by_device(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return list(groups.values())

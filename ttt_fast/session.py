@@ -1,0 +1,405 @@
+"""A session: the primitive under every way to adapt. Steps on batches, then an :class:`Adaptation`.
+
+    session = trainer.begin(n_deltas=1)
+    for batch in batches:
+        session.step(batch)
+    adapted = session.end()
+
+What a step sees is the caller's choice: the same prompt again, other rows, spans or neighbours, text that was just
+scored. Whatever happens inside, the weights come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_fast.batch import Batch, complete_batch, forward_arguments
+from ttt_fast.config import TTTConfig
+from ttt_fast.engines.dense import DenseEngine
+from ttt_fast.objective import Objective, reduce_rows
+from ttt_fast.profiling import Phases
+from ttt_fast.reference import compute_dtype
+
+if TYPE_CHECKING:
+    from ttt_fast.adaptation import Adaptation
+
+class DivergedError(RuntimeError):
+    """A loss or gradient norm was not finite. The weights have been restored.
+
+    Attributes:
+        step: the step at which it happened, counted from 1.
+        delta: the delta.
+    """
+
+    def __init__(self, message: str, step: int, delta: int) -> None:
+        super().__init__(message)
+        self.step = step
+        self.delta = delta
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        step: number of the step, counted from 1.
+        losses: (D,) loss of each delta before its update; NaN for a delta that had no row in the batch.
+        grad_norms: (D,) global gradient norm before clipping, likewise.
+    """
+
+    step: int
+    losses: Tensor
+    grad_norms: Tensor
+
+
+class Session:
+    """K steps on one or several deltas. Made by :meth:`TTTTrainer.begin`; also a context manager that aborts."""
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: DenseEngine,
+        config: TTTConfig,
+        n_deltas: int,
+        objective: Objective,
+    ) -> None:
+        require_free(model)
+        self.model = model
+        self.engine = engine
+        self.config = config
+        self.n_deltas = n_deltas
+        self.objective = objective
+        self.phases = Phases(engine.views[0].device)
+        self.steps = 0
+        self._history: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(n_deltas)]
+        self._found_inf = [torch.zeros((), device=engine.views[0].device) for _ in range(n_deltas)]
+        self._checked = [0] * n_deltas
+        self._arguments = forward_arguments(model)
+        self._open = True
+        hold(model, self)
+        try:
+            with self.phases("snapshot"):
+                engine.begin(n_deltas)
+        except BaseException:
+            self._release()
+            raise
+
+    # ------------------------------------------------------------------ the public steps
+
+    @torch.inference_mode(False)
+    def step(self, batch: Batch) -> StepReport:
+        """Take one gradient step on the deltas that have rows in the batch.
+
+        Raises:
+            DivergedError: a loss or norm is not finite (looked at every ``check_every`` steps).
+            ValueError: the batch does not fit; the session goes on.
+        """
+        self._require_open()
+        batch = complete_batch(batch, self.model, self.n_deltas)
+        losses = self._nan_per_delta()
+        norms = self._nan_per_delta()
+        with self._unharmed():
+            self.steps += 1
+            for delta in batch.delta_index.unique().tolist():
+                rows = batch.rows((batch.delta_index == delta).nonzero().flatten())
+                self.engine.make_resident(delta)
+                loss, norm = self._step_delta(rows, delta)
+                self._history[delta].append((self.steps, loss, norm))
+                losses[delta], norms[delta] = loss, norm
+            if self.steps % self.config.check_every == 0:
+                self._check()
+        return StepReport(self.steps, losses, norms)
+
+    @torch.inference_mode(False)
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of each delta on a batch as it stands, without a gradient: (D,), NaN where it has no row."""
+        self._require_open()
+        batch = complete_batch(batch, self.model, self.n_deltas)
+        losses = self._nan_per_delta()
+        with self._unharmed():
+            for delta in batch.delta_index.unique().tolist():
+                rows = batch.rows((batch.delta_index == delta).nonzero().flatten())
+                self.engine.make_resident(delta)
+                losses[delta] = evaluate(self.model, rows, self.objective, self._arguments)
+        return losses
+
+    def end(self) -> Adaptation:
+        """Stop training; the adaptation takes over the session's hold of the model."""
+        from ttt_fast.adaptation import Adaptation
+
+        self._require_open()
+        with self._unharmed(), uninterrupted():
+            self._check()
+            adaptation = Adaptation(self)
+            self._open = False
+            hold(self.model, adaptation)
+        return adaptation
+
+    def abort(self) -> None:
+        """Give up: restore the weights, bit for bit. A session that has ended is left alone."""
+        if not self._open:
+            return
+        with uninterrupted():
+            with self.phases("restore"):
+                self.engine.restore()
+            self._release()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort()
+
+    # ------------------------------------------------------------------ details
+
+    def history(self, delta: int) -> tuple[Tensor, Tensor]:
+        """Losses and gradient norms of a delta's steps so far, (steps,) each."""
+        entries = self._history[delta]
+        if not entries:
+            empty = self._nan_per_delta()[:0]
+            return empty, empty.clone()
+        _, losses, norms = zip(*entries, strict=True)
+        return tuple(
+            torch.stack([v.to(compute_dtype(v.dtype)) for v in values]) for values in (losses, norms)
+        )
+
+    def _step_delta(self, rows: Batch, delta: int) -> tuple[Tensor, Tensor]:
+        """Forward, backward and update of one delta; returns (loss, gradient norm) as tensors."""
+        engine, found_inf = self.engine, self._found_inf[delta]
+        with (
+            uninterrupted() as held,
+            training(self.model, engine, dropout_seed=self._dropout_seed(delta)),
+            engine.gradients.recording(),
+        ):
+            with self.phases("forward"), held.released():
+                outputs = self.model(**rows.model_inputs(self._arguments))
+                loss = reduce_rows(self._row_losses(outputs, rows), rows.row_weights)
+                del outputs
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"adapt: the loss does not depend on the selected parameters (scope "
+                    f"{self.config.scope!r}), so there is nothing to learn. Choose another scope or objective."
+                )
+            with self.phases("backward"), held.released():
+                loss.backward()
+            loss = loss.detach()
+            found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(loss)).to(found_inf)))
+            with self.phases("update"):
+                norm = engine.update(delta, found_inf)
+        return loss, norm
+
+    def _row_losses(self, outputs: Any, rows: Batch) -> Tensor:
+        losses = self.objective(outputs, rows)
+        if not isinstance(losses, Tensor) or losses.shape != (rows.n_rows,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"adapt: the objective returned {got}; it must return one loss for each of the {rows.n_rows} "
+                f"rows, a tensor of shape ({rows.n_rows},)."
+            )
+        return losses
+
+    def _nan_per_delta(self) -> Tensor:
+        dtype = compute_dtype(self.engine.views[0].dtype)
+        return torch.full((self.n_deltas,), torch.nan, dtype=dtype, device=self.phases.device)
+
+    def _dropout_seed(self, delta: int) -> int | None:
+        if not self.config.dropout:
+            return None
+        return (self.config.seed * 1_000_003 + delta) * 1_000_003 + self.steps
+
+    def _check(self) -> None:
+        """Look at the losses and norms since the last look; the only place that waits for the device."""
+        for delta, entries in enumerate(self._history):
+            for i in range(self._checked[delta], len(entries)):
+                _, loss, norm = entries[i]
+                if not (bool(torch.isfinite(loss)) and bool(torch.isfinite(norm))):
+                    raise self._diverged(i + 1, delta, float(loss), float(norm))
+            self._checked[delta] = len(entries)
+
+    def _diverged(self, step: int, delta: int, loss: float, norm: float) -> DivergedError:
+        name = f" of delta {delta}" if self.n_deltas > 1 else ""
+        clip = self.config.max_grad_norm
+        advice = "a max_grad_norm (no clipping was asked for)" if clip is None else (
+            f"a smaller max_grad_norm than {clip:g}"
+        )  # fmt: skip
+        return DivergedError(
+            f"adapt: step {step}{name} is not finite (loss {loss}, gradient norm {norm}); the original weights "
+            f"have been restored. Try an lr smaller than {self.config.lr_at(step - 1):g}, or {advice}.",
+            step=step,
+            delta=delta,
+        )
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """Whatever is raised inside, restore the weights before passing it on."""
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise RuntimeError(
+                "this session is over (ended, aborted, or restored after an error); begin another."
+            )
+
+    def _release(self) -> None:
+        self._open = False
+        release(self.model)
+
+
+# ---------------------------------------------------------------------------- the model's state
+
+
+class _Hold:
+    """Who holds a model's weights. Kept on the model, so that the two are collected together."""
+
+    def __init__(self, owner: Any = None) -> None:
+        self.owner = owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hold:
+        # A copy of the model has weights of its own, which nobody holds.
+        return _Hold()
+
+    def __reduce__(self) -> tuple[type[_Hold], tuple[()]]:
+        return _Hold, ()
+
+
+def hold(model: nn.Module, owner: Any) -> None:
+    """Note that a session or an adaptation holds the model's weights."""
+    vars(model)["_ttt_fast_hold"] = _Hold(owner)
+
+
+def holder(model: nn.Module) -> Any:
+    """The session or adaptation that holds the model's weights, None if it is free."""
+    return getattr(vars(model).get("_ttt_fast_hold"), "owner", None)
+
+
+def release(model: nn.Module) -> None:
+    """Forget who holds the model."""
+    vars(model).pop("_ttt_fast_hold", None)
+
+
+def require_free(model: nn.Module) -> None:
+    """Raise if a session or an adaptation holds the model's weights."""
+    owner = holder(model)
+    if owner is not None:
+        raise RuntimeError(
+            f"adapt: the model is held by {owner!r}. Restore or merge that one first "
+            f"(adapted.restore(), or leave its `with` block)."
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
+    """Eval mode (train mode with ``dropout``) for every module; each gets its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(dropout)
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def training(
+    model: nn.Module, engine: DenseEngine, dropout_seed: int | None = None
+) -> Iterator[None]:
+    """The state in which a step runs: eval mode, only selected parameters require gradients, none stored.
+
+    Gradient flags, stored gradients, module modes and the random state are afterwards as they were found.
+    """
+    found = [(param, param.requires_grad, param.grad) for param in model.parameters()]
+    selected = {id(selection.param) for selection in engine.selections}
+    devices = sorted({p.device.index for p, _, _ in found if p.device.type == "cuda"})
+    try:
+        for param, _, _ in found:
+            param.grad = None
+            if param.dtype.is_floating_point:
+                param.requires_grad_(id(param) in selected)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            evaluating(model, dropout=dropout_seed is not None),
+            torch.random.fork_rng(devices, enabled=dropout_seed is not None),
+        ):
+            if dropout_seed is not None:
+                torch.manual_seed(dropout_seed & ((1 << 63) - 1))
+            yield
+    finally:
+        for param, requires_grad, grad in found:
+            if param.dtype.is_floating_point:
+                param.requires_grad_(requires_grad)
+            param.grad = grad
+
+
+def evaluate(
+    model: nn.Module, rows: Batch, objective: Callable[..., Tensor], arguments: frozenset[str]
+) -> Tensor:
+    """Loss of one delta's rows under the weights that the model has now, without a gradient."""
+    with uninterrupted() as held, torch.no_grad(), evaluating(model), held.released():
+        outputs = model(**rows.model_inputs(arguments))
+        return reduce_rows(objective(outputs, rows), rows.row_weights)
+
+
+class uninterrupted:
+    """Hold Ctrl-C back during the body, so that nothing is left half given back; raise it at the end.
+
+    What may take long runs in ``released()``, where Ctrl-C works at once:
+
+        with uninterrupted() as held, evaluating(model), held.released():
+            outputs = model(input_ids)
+
+    A context manager of Python can be interrupted before the first line of its exit. Here that exit is
+    the one of ``released()``, which has nothing to give back: all others run while Ctrl-C is held.
+    Only the main thread ever receives Ctrl-C, so elsewhere this does nothing.
+    """
+
+    def __enter__(self) -> uninterrupted:
+        self._received = False
+        self._found = None
+        if threading.current_thread() is threading.main_thread():
+            # None stands for a handler that was not installed from Python: it cannot be put back.
+            self._found = signal.getsignal(signal.SIGINT)
+        self._hold()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # A generator that an interrupted exit left behind is closed late: it must not hold again.
+        found, self._found = self._found, None
+        self._pass_on(found)
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Let Ctrl-C through during the body."""
+        self._pass_on(self._found)
+        try:
+            yield
+        finally:
+            self._hold()
+
+    def _hold(self) -> None:
+        if self._found is not None:
+            signal.signal(signal.SIGINT, self._record)
+
+    def _pass_on(self, found: Any) -> None:
+        if found is None:
+            return
+        signal.signal(signal.SIGINT, found)
+        if self._received:
+            self._received = False
+            signal.raise_signal(signal.SIGINT)
+
+    def _record(self, number: int, frame: Any) -> None:
+        self._received = True
