@@ -6,7 +6,9 @@
 #   PROMPT="..." ARGS="--steps 10 --lr 1e-4"      for make demo
 
 PYTHON ?= python3
-PROMPT ?=
+# As it was typed: make would take a $ in it for a variable.
+override PROMPT := $(value PROMPT)
+export PROMPT
 ARGS ?=
 TORCH_INDEX ?=
 
@@ -27,7 +29,6 @@ help:  ## list the targets
 
 demo: $(VENV)/.stamp-demo  ## adapt SmolLM2-135M on a prompt beside the naive loop; PROMPT="..." ARGS="--steps 10"
 	$(PY) -m ttt_fast adapt demo $(if $(PROMPT),"$$PROMPT") --compare --plot demo_loss.png $(ARGS)
-export PROMPT
 
 test: $(VENV)/.stamp-test  ## run the tests (at most 12 minutes on 2 cores)
 	$(PY) -m pytest -m "not slow and not gpu"
@@ -36,11 +37,10 @@ test-all: $(VENV)/.stamp-test $(VENV)/.stamp-transformers-min  ## run every test
 	$(PY) -m pytest -m "not gpu"
 	PYTHONPATH=$(VENV)/transformers-min $(PY) -m pytest tests/test_scope.py
 
-lint: $(VENV)/.stamp-test  ## check style and types: ruff, clang-format, mypy
+lint: $(VENV)/.stamp-test  ## check style: ruff and clang-format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
-	$(VENV)/bin/mypy
 
 build: $(VENV)/.stamp-torch  ## compile the C++ extension again
 	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
@@ -50,7 +50,7 @@ bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baseli
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Name everything that is missing at once, before anything is downloaded.

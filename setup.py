@@ -1,7 +1,8 @@
 """Compiles csrc/ into ttt_fast/_C.so; everything else about the package is in pyproject.toml.
 
-The library registers operators through torch's stable ABI and is loaded by ``torch.ops.load_library``
-(ttt_fast/backend.py). It is no Python module and links no Python, so its name carries no Python version.
+The library registers operators through torch's stable ABI; ``torch.ops.load_library`` loads it
+(ttt_fast/backend.py). It is no Python module and links no Python, so that its name carries no
+Python version.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ COMPILE = [
     "-Wall",
     # Products and sums are rounded one by one, as in ttt_fast/reference.py.
     "-ffp-contract=off",
+    # No result depends on these two; with them GCC vectorises square roots and selections.
+    "-fno-math-errno",
+    "-fno-trapping-math",
     # The stable ABI of torch 2.10: a binary for that version and all later ones.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-isystem",

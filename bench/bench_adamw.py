@@ -17,7 +17,8 @@ MAX_NORM = 10.0
 def stock(dtype: torch.dtype, **options: bool) -> Callable[[], None]:
     """``clip_grad_norm_`` and ``torch.optim.AdamW.step``."""
     params = [torch.nn.Parameter(p) for p in parameter_list("SmolLM2-135M", dtype)]
-    for param, grad in zip(params, parameter_list("SmolLM2-135M", dtype, scale=1e-3, seed=1)):
+    grads = parameter_list("SmolLM2-135M", dtype, scale=1e-3, seed=1)
+    for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     optimizer = torch.optim.AdamW(params, **OPTIONS, **options)
 

@@ -2,8 +2,8 @@
 
     pytest bench -o python_files='bench_*.py' --benchmark-enable --benchmark-json=result.json
 
-Every side of a comparison becomes one entry of pytest-benchmark's table and JSON, with bytes moved, GB/s and the
-share of the copy bandwidth of the same rounds in its ``extra_info``.
+Every side of a comparison becomes one entry of pytest-benchmark's table and JSON, with bytes moved,
+GB/s and the share of the copy bandwidth of the same rounds in its ``extra_info``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def interleave(sides: Sides, rounds: int) -> dict[str, list[float]]:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Return ``compare(group, sides, baseline=..., rounds=...)``, which measures and records all sides."""
+    """Return ``compare(group, sides, baseline=..., rounds=...)``; it measures and records."""
 
     def run(group: str, sides: Sides, baseline: str, rounds: int = 15) -> None:
         if benchmark.disabled:
@@ -87,7 +87,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
                     "gb_per_s": moved / typical / 1e9,
                     "share_of_copy_bandwidth": moved / typical / copy_rate,
                 }
-            # The public interface times one function; recording what was timed elsewhere needs this.
+            # The public interface times one function; this records what was timed elsewhere.
+            benchmark._mode = "interleaved"
             stats = benchmark._make_stats(1)
             for value in seconds[name]:
                 stats.update(value)
@@ -104,13 +105,15 @@ def _print_table(
     baseline: str,
 ) -> None:
     """Print median, spread, speed-up and bandwidth of each side."""
-    print(f"\n{group}   (copy bandwidth {copy_rate / 1e9:.1f} GB/s, {torch.get_num_threads()} threads)")
-    print(f"{'':34}{'median ms':>10}{'min ms':>9}{'max ms':>9}{'speed-up':>10}{'GB/s':>8}{'of copy':>9}")
+    threads = torch.get_num_threads()
+    print(f"\n{group}   (copy bandwidth {copy_rate / 1e9:.1f} GB/s, {threads} threads)")
+    columns = ("median ms", "min ms", "max ms", "speed-up", "GB/s", "of copy")
+    print(" " * 34 + "".join(f"{column:>10}" for column in columns))
     for name, values in seconds.items():
         typical = median(values)
-        line = f"{name:34}{typical * 1e3:10.1f}{min(values) * 1e3:9.1f}{max(values) * 1e3:9.1f}"
+        line = f"{name:34}{typical * 1e3:10.1f}{min(values) * 1e3:10.1f}{max(values) * 1e3:10.1f}"
         line += f"{median(seconds[baseline]) / typical:9.2f}x"
         moved = sides[name][1]
         if moved:
-            line += f"{moved / typical / 1e9:8.1f}{moved / typical / copy_rate:9.0%}"
+            line += f"{moved / typical / 1e9:10.1f}{moved / typical / copy_rate:10.0%}"
         print(line)

@@ -1,5 +1,5 @@
-// One element of an AdamW step. Specification: adamw_ in ttt_fast/reference.py; same operations, same
-// order.
+// One element of an AdamW step. Specification: adamw_ in ttt_fast/reference.py; same operations,
+// same order.
 #pragma once
 
 #include "rounding.h"
@@ -8,14 +8,15 @@ namespace ttt_fast {
 
 template <class C>
 struct AdamwArgs {
-  C gradient_factor;  // clip coefficient over GradScaler's scale, 1 if neither
+  // Clip coefficient over GradScaler's scale, negative to maximise.
+  C gradient_factor;
   C one_minus_beta1;
   C beta2, one_minus_beta2;
   C sqrt_correction2;  // sqrt(1 - beta2^t)
   C eps;
   C minus_step_size;  // -lr / (1 - beta1^t)
   C lr_weight_decay;
-  bool maximize, decay;
+  Mask<C> decay;
 };
 
 TTT_HOST_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
@@ -25,13 +26,11 @@ TTT_HOST_DEVICE double square_root(double x) { return __builtin_sqrt(x); }
 template <class C>
 TTT_HOST_DEVICE C adamw_step(const AdamwArgs<C>& args, C g, C w, C& m, C& v) {
   g = g * args.gradient_factor;
-  g = args.maximize ? -g : g;
   m = m + args.one_minus_beta1 * (g - m);
   v = args.beta2 * v + args.one_minus_beta2 * (g * g);
   const C denominator = square_root(v) / args.sqrt_correction2 + args.eps;
   const C step = (m / denominator) * args.minus_step_size;
-  const C shrunk = step - args.lr_weight_decay * w;
-  return args.decay ? shrunk : step;
+  return choose(args.decay, step - args.lr_weight_decay * w, step);
 }
 
 }  // namespace ttt_fast

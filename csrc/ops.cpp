@@ -1,8 +1,9 @@
-// Registration of the C++ backend on torch's stable ABI (torch >= 2.10): one binary for many versions.
+// Registration of the C++ backend on torch's stable ABI (torch >= 2.10): one binary for many
+// versions.
 //
-// This file owns tensors: it checks them, describes them as plain Views and reads the scalars that the
-// caller left in tensors. ttt_fast/ops.py checks the arguments with their names; the checks here are
-// what keeps a direct call of torch.ops.ttt_fast_cpp from touching foreign memory.
+// This file owns tensors: it checks them, describes them as plain Views and reads the scalars that
+// the caller left in tensors. ttt_fast/ops.py checks the arguments with their names; the checks
+// here are what keeps a direct call of torch.ops.ttt_fast_cpp from touching foreign memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,8 +37,8 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// Fold the dimensions, innermost first, into runs of consecutive memory and as few outer dimensions as
-// possible: a contiguous tensor becomes one run, rows of a fused projection one outer dimension.
+// Fold the dimensions, innermost first, into runs of consecutive memory and as few outer dimensions
+// as possible: a contiguous tensor becomes one run, rows of a fused projection one outer dimension.
 View describe(const Tensor& tensor, const char* op, const char* name, size_t i, bool written) {
   STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, "[", i,
                   "] is not on the CPU; the C++ backend runs there. Use backend=\"auto\".");
@@ -81,7 +82,8 @@ Views describe_all(const Tensors& tensors, const char* op, const char* name, boo
   for (size_t i = 0; i < tensors.size(); ++i) {
     views.push_back(describe(tensors[i], op, name, i, written));
     STD_TORCH_CHECK(like == nullptr || views[i].numel == (*like)[i].numel, op, ": ", name, "[", i,
-                    "] has ", views[i].numel, " elements, its parameter does not; they must agree.");
+                    "] has ", views[i].numel,
+                    " elements, its parameter does not; they must agree.");
   }
   return views;
 }
@@ -220,18 +222,17 @@ template <class C>
 SgdArgs<C> sgd_args(double factor, double lr, double momentum, double dampening, bool nesterov,
                     double weight_decay, bool decoupled, bool maximize, bool first_step) {
   SgdArgs<C> args;
-  args.gradient_factor = C(factor);
+  args.gradient_factor = C(maximize ? -factor : factor);
   args.momentum = C(momentum);
   args.keep = C(1.0 - dampening);
   args.weight_decay = C(weight_decay);
   args.minus_lr = C(-lr);
   args.lr_weight_decay = C(lr * weight_decay);
-  args.maximize = maximize;
-  args.use_momentum = momentum != 0;
-  args.nesterov = nesterov;
-  args.first_step = first_step;
-  args.coupled_decay = weight_decay != 0 && !decoupled;
-  args.decoupled_decay = weight_decay != 0 && decoupled;
+  args.use_momentum = Mask<C>(momentum != 0);
+  args.nesterov = Mask<C>(nesterov);
+  args.first_step = Mask<C>(first_step);
+  args.coupled_decay = Mask<C>(weight_decay != 0 && !decoupled);
+  args.decoupled_decay = Mask<C>(weight_decay != 0 && decoupled);
   return args;
 }
 
@@ -242,8 +243,8 @@ void sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors delta
           bool maximize, bool first_step, double max_grad_norm, std::string rounding,
           int64_t seed) {
   if (is_set(found_inf, "sgd_")) return;
-  UpdateCall call = make_call(
-      {params, grads, deltas, bases, undo, landed, undo_offsets, rounding, seed}, "sgd_");
+  UpdateCall call =
+      make_call({params, grads, deltas, bases, undo, landed, undo_offsets, rounding, seed}, "sgd_");
   if (momentum != 0) {
     call.states[0] =
         describe_floats(momentum_buffers, "sgd_", "momentum_buffers", true, call.params);
@@ -262,7 +263,7 @@ template <class C>
 AdamwArgs<C> adamw_args(double factor, double lr, double beta1, double beta2, double eps,
                         double weight_decay, bool maximize, int64_t step_index) {
   AdamwArgs<C> args;
-  args.gradient_factor = C(factor);
+  args.gradient_factor = C(maximize ? -factor : factor);
   args.one_minus_beta1 = C(1.0 - beta1);
   args.beta2 = C(beta2);
   args.one_minus_beta2 = C(1.0 - beta2);
@@ -270,8 +271,7 @@ AdamwArgs<C> adamw_args(double factor, double lr, double beta1, double beta2, do
   args.eps = C(eps);
   args.minus_step_size = C(-(lr / (1.0 - std::pow(beta1, double(step_index)))));
   args.lr_weight_decay = C(lr * weight_decay);
-  args.maximize = maximize;
-  args.decay = weight_decay != 0;
+  args.decay = Mask<C>(weight_decay != 0);
   return args;
 }
 
@@ -287,10 +287,9 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
   call.states[1] = describe_floats(exp_avg_sqs, "adamw_", "exp_avg_sqs", true, call.params);
   call.reads_weight = weight_decay != 0;
   const double factor = gradient_factor(grad_norm, max_grad_norm, grad_scale, "adamw_");
-  adamw_cpu(
-      call,
-      adamw_args<float>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index),
-      adamw_args<double>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index));
+  adamw_cpu(call,
+            adamw_args<float>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index),
+            adamw_args<double>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index));
 }
 
 Tensor grad_norm(Tensors grads) {

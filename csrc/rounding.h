@@ -1,5 +1,5 @@
-// Conversions between storage and compute types, and stochastic rounding: element by element, free of
-// branches so that a plain loop over them vectorises, and the same bits on every device.
+// Conversions between storage and compute types, and stochastic rounding: element by element, free
+// of branches so that a plain loop over them vectorises, and the same bits on every device.
 // Specification: round_stochastic and random_bits in ttt_fast/reference.py.
 #pragma once
 
@@ -28,6 +28,32 @@ TTT_HOST_DEVICE float bits_float(uint32_t bits) {
   return x;
 }
 
+// A flag that is the same for all elements. Choosing by a mask of ones or zeros, not by a branch
+// that the compiler would hoist in and out of the loop, keeps the loop in vector form (GCC 12).
+template <class C>
+struct Mask;
+template <>
+struct Mask<float> {
+  uint32_t bits;
+  explicit Mask(bool flag = false) : bits(flag ? ~0u : 0u) {}
+};
+template <>
+struct Mask<double> {
+  uint64_t bits;
+  explicit Mask(bool flag = false) : bits(flag ? ~uint64_t(0) : 0u) {}
+};
+
+// flag ? yes : no
+template <class C>
+TTT_HOST_DEVICE C choose(Mask<C> flag, C yes, C no) {
+  decltype(flag.bits) a, b;
+  memcpy(&a, &yes, sizeof a);
+  memcpy(&b, &no, sizeof b);
+  a = (a & flag.bits) | (b & ~flag.bits);
+  memcpy(&yes, &a, sizeof a);
+  return yes;
+}
+
 TTT_HOST_DEVICE float bf16_to_float(uint16_t x) { return bits_float(uint32_t(x) << 16); }
 
 // Round to nearest even. NaN must not reach the addition: it could carry into infinity or zero.
@@ -38,9 +64,9 @@ TTT_HOST_DEVICE uint16_t float_to_bf16(float x) {
   return uint16_t(nan ? 0x7fc0u : rounded);
 }
 
-// The exponent is moved from bias 15 to bias 127. A subnormal has no hidden bit: it is given one and
-// loses it again in the subtraction, which is exact, and never a float32 subnormal (flush-to-zero
-// would eat that).
+// The exponent is moved from bias 15 to bias 127. A subnormal has no hidden bit: it is given one
+// and loses it again in the subtraction, which is exact, and never a float32 subnormal
+// (flush-to-zero would eat that).
 TTT_HOST_DEVICE float f16_to_float(uint16_t x) {
   const uint32_t magnitude = uint32_t(x & 0x7fffu) << 13;
   const uint32_t exponent = magnitude & 0x0f800000u;
@@ -84,7 +110,8 @@ TTT_HOST_DEVICE uint32_t lowbias32(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// `high` is what the upper halves of key and index give (random_high); it changes every 2^32 elements.
+// `high` is what the upper halves of key and index give (random_high); it changes every 2^32
+// elements.
 TTT_HOST_DEVICE uint32_t random_bits(uint32_t index_low, uint32_t key_low, uint32_t high) {
   return lowbias32(lowbias32(index_low ^ key_low) ^ high);
 }

@@ -7,8 +7,8 @@ namespace ttt_fast {
 
 enum class Dtype : int32_t { F32, BF16, F16, F64, OTHER };
 
-// Elements in logical (row-major) order fall into runs of consecutive memory. A contiguous tensor is
-// one run; a row slice of a fused projection is one outer dimension of runs; any other strided
+// Elements in logical (row-major) order fall into runs of consecutive memory. A contiguous tensor
+// is one run; a row slice of a fused projection is one outer dimension of runs; any other strided
 // tensor has more outer dimensions, down to runs of one element.
 struct View {
   static constexpr int kMaxOuter = 8;

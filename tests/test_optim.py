@@ -10,7 +10,6 @@ import sys
 import textwrap
 
 import accelerate
-import families
 import pytest
 import torch
 import transformers
@@ -18,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.families import tiny_model
 from ttt_fast import optim
 from ttt_fast.optim import FusedAdamW, FusedSGD, check_trainer
 from ttt_fast.scope import RowSlice, Selection
@@ -158,23 +158,6 @@ def test_bfloat16_with_rounding_torch_is_bitwise_torch(case, clip):
     assert_bitwise(ours, theirs)
 
 
-@both
-def test_bfloat16_nearest_is_not_torch_but_closer_to_the_truth(kind):
-    case = (kind, dict(weight_decay=0.1))
-    truth, _ = pair(case, torch.float64, CLIP)
-    theirs, ours = pair(case, torch.bfloat16, CLIP, state_dtype=torch.float32)
-    start = make_params(torch.bfloat16)
-
-    def error(params):
-        deltas = [(p - s).double() for p, s in zip(params, start, strict=True)]
-        wanted = [t - s.double() for t, s in zip(truth, make_params(torch.float64), strict=True)]
-        return math.sqrt(
-            sum((d - w).square().sum().item() for d, w in zip(deltas, wanted, strict=True))
-        )
-
-    assert error(ours) < error(theirs)
-
-
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_any_options_and_missing_gradients(data):
@@ -207,10 +190,12 @@ def train(model, optimizer, ids, steps):
 @both
 def test_tiny_models(family, kind):
     ids = torch.randint(0, 101, (2, 17), generator=torch.Generator().manual_seed(1))
-    options = dict(weight_decay=0.01) | (dict(momentum=0.9) if kind == "sgd" else {})
+    # GPT-2's key biases have gradients that are zero but for rounding; a large eps keeps AdamW from
+    # scaling them up.
+    options = dict(weight_decay=0.01) | (dict(momentum=0.9) if kind == "sgd" else dict(eps=1e-3))
     trained = []
     for make in (TorchLoop, fused):
-        model = families.tiny_model(family, torch.float64)
+        model = tiny_model(family, torch.float64)
         trained.append(
             train(model, make(model.parameters(), kind, 0.5, 1e-3, **options), ids, STEPS)
         )
@@ -221,16 +206,18 @@ def test_tiny_models(family, kind):
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    "options",
+    ("options", "ulps"),
     [
-        dict(),
-        dict(momentum=0.9, weight_decay=0.01),
-        dict(momentum=0.9, dampening=0.5, maximize=True),
-        dict(momentum=0.9, nesterov=True, weight_decay=0.01, decoupled=True),
+        (dict(), 8),
+        (dict(momentum=0.9, weight_decay=0.01), 8),
+        (dict(momentum=0.9, dampening=0.5, maximize=True), 8),
+        (dict(momentum=0.9, nesterov=True, weight_decay=0.01), 8),
+        # The usual w *= 1 - lr * decay rounds the factor to one ulp, here as large as the decay.
+        (dict(momentum=0.9, weight_decay=0.01, decoupled=True), 20),
     ],
     ids=str,
 )
-def test_real_model_is_within_a_few_ulps_of_torch(demo_model, options):
+def test_real_model_is_within_a_few_ulps_of_torch(demo_model, options, ulps):
     model, tokenizer = demo_model
     ids = tokenizer("The lighthouse keeper wrote one line a day.", return_tensors="pt").input_ids
     start = copy.deepcopy(model.state_dict())
@@ -240,7 +227,7 @@ def test_real_model_is_within_a_few_ulps_of_torch(demo_model, options):
         optimizer = make(model.parameters(), "sgd", 10.0, 1e-5, **options)
         trained.append([p.clone() for p in train(model, optimizer, ids, STEPS)])
     model.load_state_dict(start)
-    assert_ulps(*trained, 8)
+    assert_ulps(trained[1], trained[0], ulps)
 
 
 # ---------------------------------------------------------------------------- the norm
@@ -331,12 +318,12 @@ def test_parameters_without_gradient_are_skipped_and_start_on_their_own(kind):
 
     options = dict(weight_decay=0.1)
     options |= dict(momentum=0.9, dampening=0.5) if kind == "sgd" else {}
-    theirs, ours = make_params(torch.bfloat16), make_params(torch.bfloat16)
-    loop, optimizer = TorchLoop(theirs, kind, CLIP, **options), None
+    theirs, ours = make_params(), make_params()
+    loop = TorchLoop(theirs, kind, CLIP, **options)
     run(theirs, loop, 7, present)
-    optimizer = fused(ours, kind, CLIP, rounding="torch", **options)
+    optimizer = fused(ours, kind, CLIP, **options)
     run(ours, optimizer, 7, present)
-    assert_bitwise(ours, theirs)
+    assert_ulps(ours, theirs, 4)
     assert {i for i, p in enumerate(ours) if p in optimizer.state} == {
         i for i, p in enumerate(theirs) if p in loop.optimizer.state
     }
@@ -507,7 +494,7 @@ def test_bad_options_of_our_own(kind, options, message):
 
 def test_params_that_cannot_be():
     complex_param = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    with pytest.raises(TypeError, match="parameter 1 of group 0 is complex64"):
+    with pytest.raises(TypeError, match="parameter 1 of its group is complex64"):
         FusedSGD([nn.Parameter(torch.ones(2)), complex_param])
     with pytest.raises(TypeError, match=r"clip_params\[0\] is complex64"):
         FusedSGD(make_params(), clip_params=[complex_param])
@@ -520,7 +507,7 @@ def test_params_that_cannot_be():
     optimizer = FusedSGD(make_params())
     with pytest.raises(TypeError, match="'phase' is complex64"):
         FusedSGD([("phase", complex_param)])
-    with pytest.raises(TypeError, match="parameter 0 of group 1"):
+    with pytest.raises(TypeError, match="parameter 0 of its group"):
         optimizer.add_param_group(dict(params=[complex_param]))
     assert len(optimizer.param_groups) == 1
 
@@ -530,7 +517,7 @@ def test_a_sparse_gradient_is_refused_before_anything_changes():
     optimizer = FusedSGD([dense, *embedding.parameters()], lr=1.0, max_grad_norm=1.0)
     dense.grad = torch.ones(3)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match=r"parameter 1 of group 0 has a sparse gradient"):
+    with pytest.raises(TypeError, match="parameter 1 of its group has a sparse gradient"):
         optimizer.step()
     assert torch.equal(dense.detach(), torch.ones(3))
 
@@ -559,7 +546,7 @@ def test_dtensor_and_fsdp_are_refused(tmp_path):
         sharded = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
         plain = nn.Linear(4, 4)
         refused(lambda: FusedSGD([("w", sharded)], lr=0.1), "'w' is a DTensor")
-        refused(lambda: FusedAdamW([sharded]), "0 of group 0 is a DTensor")
+        refused(lambda: FusedAdamW([sharded]), "0 of its group is a DTensor")
         refused(lambda: FusedSGD(plain.parameters(), clip_params=[sharded]), "is a DTensor")
 
         late = nn.Linear(4, 4)
@@ -667,6 +654,7 @@ def test_state_of_torchs_fused_and_capturable_adamw(torch_options):
     run(theirs, source, 2)
     state = copy.deepcopy(source.state_dict())
     state["param_groups"][0] |= torch_options
+    state["state"][0]["step"] = 2.0  # a number, as old versions of torch kept it
     with torch.no_grad():
         for a, b in zip(ours, theirs, strict=True):
             a.copy_(b)
@@ -675,7 +663,8 @@ def test_state_of_torchs_fused_and_capturable_adamw(torch_options):
     run(theirs, source, 2, first=2)
     run(ours, optimizer, 2, first=2)
     assert_ulps(ours, theirs, 8)
-    assert all(state["step"] == 4 for state in optimizer.state.values())
+    for state in optimizer.state.values():
+        assert torch.equal(state["step"], torch.tensor(4.0))
 
 
 @pytest.mark.parametrize(
@@ -751,7 +740,7 @@ def test_stochastic_rounding_draws_anew_for_each_group_and_step():
 
 
 def test_whole_selections_are_parameters():
-    model, plain = families.tiny_model("llama"), families.tiny_model("llama")
+    model, plain = tiny_model("llama"), tiny_model("llama")
     selections = [Selection(name, param) for name, param in model.named_parameters()]
     optimizers = [FusedSGD(selections, lr=0.1, max_grad_norm=1.0)]
     optimizers.append(FusedSGD(plain.parameters(), lr=0.1, max_grad_norm=1.0))
@@ -806,11 +795,13 @@ def test_rows_of_a_parameter_whose_whole_gradient_counts():
     assert torch.equal(weight.grad, torch.ones(4, 1))
 
 
-def test_two_row_slices_of_one_parameter_are_refused():
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_is_refused():
     weight = nn.Parameter(torch.ones(4, 1))
     selections = [Selection("w", weight, RowSlice(0, start, 1, 4)) for start in (0, 2)]
-    with pytest.raises(ValueError, match="selected twice"):
-        FusedSGD(selections)
+    for params in (selections, [weight, weight], [("a", weight), ("b", weight)]):
+        with pytest.raises(ValueError, match="listed twice"):
+            FusedSGD(params)
 
 
 @both
@@ -953,7 +944,7 @@ def trainer_for(model, optimizer, max_grad_norm, output_dir):
 def test_trainer(tmp_path):
     results = []
     for ours in (False, True):
-        model = families.tiny_model("llama")
+        model = tiny_model("llama")
         if ours:
             optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, max_grad_norm=0.5)
         else:
@@ -968,12 +959,12 @@ def test_trainer(tmp_path):
             check_trainer(trainer)  # also through Accelerate's wrapper
             assert optimizer.param_groups[0]["lr"] == 0.0  # Trainer's scheduler was at work
     assert_ulps(results[1], results[0], 16)
-    start = list(families.tiny_model("llama").parameters())
+    start = list(tiny_model("llama").parameters())
     assert all(not torch.equal(a, b) for a, b in zip(results[1], start, strict=True))
 
 
 def test_trainer_that_clips_as_well_is_refused(tmp_path):
-    model = families.tiny_model("llama")
+    model = tiny_model("llama")
     optimizer = FusedSGD(model.parameters(), lr=0.1, max_grad_norm=0.5)
     with pytest.raises(ValueError, match=r"clipped twice: .*max_grad_norm=1.0.*max_grad_norm=0.5"):
         check_trainer(trainer_for(model, optimizer, 1.0, tmp_path))
@@ -988,7 +979,7 @@ def test_accelerate():
     results = []
     for ours in (False, True):
         accelerator = accelerate.Accelerator(cpu=True)
-        model = families.tiny_model("llama")
+        model = tiny_model("llama")
         if ours:
             optimizer = FusedAdamW(model.parameters(), lr=1e-3, max_grad_norm=0.5)
         else:

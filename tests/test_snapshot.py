@@ -431,7 +431,7 @@ def test_a_weight_listed_twice_is_kept_once(where: str, backend: str) -> None:
     once = Snapshot([param], where, backend=backend)
     twice = Snapshot([param, param, param.view(4097)], where, backend=backend)
     assert twice.nbytes == once.nbytes
-    # Updates through each of the three go to the same log; small ones, so that no run is kept whole.
+    # Updates through each of the three go to one log; small ones, so that no run is kept whole.
     for seed in range(3):
         step(twice, 1e-4, seed, backend)
     assert not torch.equal(bits(param), expected[0])

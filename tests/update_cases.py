@@ -47,8 +47,8 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor], what: str) ->
         if len(wrong):
             k = int(wrong[0])
             raise AssertionError(
-                f"{what}[{i}] {a.dtype} {tuple(a.shape)}: {len(wrong)} elements differ, first at {k}: "
-                f"{a.contiguous().flatten()[k].item()!r} instead of "
+                f"{what}[{i}] {a.dtype} {tuple(a.shape)}: {len(wrong)} elements differ, "
+                f"first at {k}: {a.contiguous().flatten()[k].item()!r} instead of "
                 f"{e.contiguous().flatten()[k].item()!r}"
             )
 

@@ -12,6 +12,7 @@ from ttt_fast.adaptation import Adaptation
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.objective import negative_log_likelihood
+from ttt_fast.optim import FusedAdamW, FusedSGD, check_trainer
 from ttt_fast.scope import RowSlice, Selection, select_parameters
 from ttt_fast.session import DivergedError, Session, StepReport
 from ttt_fast.snapshot import Snapshot
@@ -21,6 +22,8 @@ __all__ = [
     "Adaptation",
     "Batch",
     "DivergedError",
+    "FusedAdamW",
+    "FusedSGD",
     "RowSlice",
     "Selection",
     "Session",
@@ -28,6 +31,7 @@ __all__ = [
     "StepReport",
     "TTTConfig",
     "TTTTrainer",
+    "check_trainer",
     "negative_log_likelihood",
     "select_parameters",
 ]

@@ -243,7 +243,7 @@ class Adaptation:
 
     def _batch_of(self, input_ids: Any, labels: Tensor | None) -> Batch:
         rows, extra = as_prompts(input_ids, self.tokenizer)
-        ids, padding = pad_rows(rows, 0)
+        ids, padding = pad_rows(rows, 0, side="right")
         mask = extra.get("attention_mask", padding)
         one_each = self.n_deltas > 1 and len(rows) == self.n_deltas
         if self.n_deltas > 1 and not one_each:

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the only place that decides.
 
-    "torch"  plain torch operations (``ttt_fast/reference.py``): the specification, available everywhere
-    "cpp"    the C++ extension (``csrc/``), for tensors on the CPU
+"torch"  plain torch operations (``ttt_fast/reference.py``): the specification, available everywhere
+"cpp"    the C++ extension (``csrc/``), for tensors on the CPU
 """
 
 from __future__ import annotations

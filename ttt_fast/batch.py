@@ -46,20 +46,31 @@ class Batch:
         return self.input_ids.shape[0]
 
     def rows(self, index: Tensor) -> Batch:
-        """The rows whose numbers ``index`` (M,) holds."""
-        if index.tolist() == list(range(self.n_rows)):
-            return self
-        if self.past_key_values is not None:
+        """The rows whose numbers ``index`` (M,) holds, less the columns that are padding in all of them.
+
+        So a prompt on its own is never padded: it adapts to the bit as if it had come alone.
+        """
+        everything = index.tolist() == list(range(self.n_rows))
+        if self.past_key_values is not None and not everything:
             raise ValueError(
                 "Batch: past_key_values belongs to all rows and cannot be divided among deltas; give one "
                 "batch for each delta."
             )
-        chosen = {
-            f.name: getattr(self, f.name)[index]
+        tensors = {
+            f.name: getattr(self, f.name)
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return replace(self, **chosen)
+        if not everything:
+            tensors = {name: tensor[index] for name, tensor in tensors.items()}
+        if self.attention_mask is not None:
+            used = (tensors["attention_mask"] != 0).any(0).nonzero().flatten()
+            first, last = int(used[0]), int(used[-1])
+            tensors = {
+                name: tensor[:, first : last + 1] if tensor.dim() == 2 else tensor
+                for name, tensor in tensors.items()
+            }
+        return replace(self, **tensors)
 
     def model_inputs(self, model_arguments: frozenset[str]) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
@@ -81,8 +92,13 @@ class Batch:
         """The mask with ones in front for what is in the cache, (N, past + T)."""
         if self.past_key_values is None:
             return self.attention_mask
-        past = self.attention_mask.new_ones(self.n_rows, self.past_key_values.get_seq_length())
+        past = self.attention_mask.new_ones(self.n_rows, past_length(self))
         return torch.cat([past, self.attention_mask], dim=1)
+
+
+def past_length(batch: Batch) -> int:
+    """Tokens in the cache in front of the rows."""
+    return 0 if batch.past_key_values is None else batch.past_key_values.get_seq_length()
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
@@ -120,12 +136,12 @@ def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
     predictable = torch.zeros_like(mask, dtype=torch.bool)
     predictable[:, 1:] = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
     labels = labels.masked_fill(~predictable, IGNORE_INDEX)
-    _check_labels(labels, ids, mask, model)
+    _check_labels(labels, ids, mask, model, past_length(batch))
     position_ids = batch.position_ids
     if position_ids is not None:
         position_ids = _like_ids("position_ids", position_ids, ids)
-    elif bool((mask == 0).any()) and batch.past_key_values is None:
-        position_ids = (mask.long().cumsum(1) - 1).clamp_(min=0)
+    elif bool((mask == 0).any()):
+        position_ids = (mask.cumsum(1) - 1).clamp_(min=0) + past_length(batch)
     weights = batch.token_weights
     if weights is not None:
         weights = _like_ids("token_weights", weights, ids)
@@ -211,7 +227,9 @@ def _check_ids(ids: Tensor, model: nn.Module) -> None:
         )
 
 
-def _check_labels(labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module) -> None:
+def _check_labels(
+    labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module, n_past: int
+) -> None:
     """Every row needs a token to predict, and must fit the model's context."""
     lengths = mask.sum(1)
     context = context_length(model)
@@ -222,9 +240,9 @@ def _check_labels(labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module) -
                 f"adapt: prompt {row} has {length} token{'s' * (length != 1)}, so there is nothing to predict. "
                 f"Give at least two tokens."
             )
-        if context is not None and length > context:
+        if context is not None and n_past + length > context:
             raise ValueError(
-                f"adapt: prompt {row} has {length} tokens but the model's context is {context}. Shorten it."
+                f"adapt: prompt {row} has {n_past + length} tokens but the model's context is {context}. Shorten it."
             )
     kept = labels[:, 1:] != IGNORE_INDEX
     masked_out = (~kept.any(1)).nonzero().flatten().tolist()
@@ -255,9 +273,7 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
-def pad_rows(
-    rows: Sequence[Tensor], pad_value: int, side: str = "left"
-) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Tensor], pad_value: int, side: str = "left") -> tuple[Tensor, Tensor]:
     """Stack 1-D rows of different lengths; return (N, T) and the (N, T) int64 mask."""
     T = max(row.numel() for row in rows)
     out = torch.full((len(rows), T), pad_value, dtype=rows[0].dtype, device=rows[0].device)
@@ -282,7 +298,9 @@ def as_prompts(prompt: Any, tokenizer: Any = None) -> tuple[list[Tensor], Mappin
     if isinstance(prompt, Mapping):
         if "input_ids" not in prompt:
             raise ValueError(f"adapt: got a mapping with {sorted(prompt)}; it needs 'input_ids'.")
-        fields_given = {name: _field(name, prompt[name]) for name in _TOKEN_FIELDS if name in prompt}
+        fields_given = {
+            name: _field(name, prompt[name]) for name in _TOKEN_FIELDS if name in prompt
+        }
         extra = {name: value for name, value in fields_given.items() if value is not None}
         prompt = prompt["input_ids"]
     if isinstance(prompt, str):

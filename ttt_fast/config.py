@@ -96,7 +96,7 @@ class TTTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"TTTConfig: {name}={value!r}; it must be an integer >= {least}.")
-        _check_options("TTTConfig", self, self.steps)
+        _check_options(self)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"TTTConfig: max_grad_norm={self.max_grad_norm!r}; it must be > 0, or None to not clip."
@@ -121,7 +121,11 @@ class TTTConfig:
                 f"TTTConfig: param_groups[{i}] has keys {sorted(group)}; it needs 'params' (a scope) and may "
                 f"have {', '.join(_GROUP_OPTIONS)}."
             )
-        _check_options(f"TTTConfig: param_groups[{i}]", self.for_group(group), self.steps)
+        try:
+            self.for_group(group)
+        except ValueError as error:
+            reason = str(error).removeprefix("TTTConfig: ")
+            raise ValueError(f"TTTConfig: param_groups[{i}]: {reason}") from error
 
     def for_group(self, group: Mapping[str, Any]) -> TTTConfig:
         """These settings with the overrides of one of ``param_groups``."""
@@ -146,33 +150,32 @@ class TTTConfig:
         else:
             lr = float(self.lr)
         if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(
-                f"TTTConfig: lr={lr} at step {step + 1}; it must be finite and >= 0."
-            )
+            raise ValueError(f"TTTConfig: lr={lr} at step {step + 1}; it must be finite and >= 0.")
         return lr
 
 
-def _check_options(where: str, config: TTTConfig, steps: int) -> None:
+def _check_options(config: TTTConfig) -> None:
     """Ranges of the options that a parameter group may override."""
     if not callable(config.lr):
-        values = config.lr if isinstance(config.lr, Sequence) else [config.lr]
-        if isinstance(config.lr, Sequence) and len(config.lr) < steps:
+        is_list = isinstance(config.lr, Sequence) and not isinstance(config.lr, str)
+        if is_list and len(config.lr) < config.steps:
             raise ValueError(
-                f"{where}: lr has {len(config.lr)} values for {steps} steps; give one for each step."
+                f"TTTConfig: lr has {len(config.lr)} values for {config.steps} steps; give one for "
+                f"each step."
             )
-        for lr in values:
+        for lr in config.lr if is_list else [config.lr]:
             if not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
-                raise ValueError(f"{where}: lr={lr!r}; it must be finite and >= 0.")
+                raise ValueError(f"TTTConfig: lr={lr!r}; it must be finite and >= 0.")
     for name in ("momentum", "weight_decay", "eps"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{where}: {name}={value!r}; it must be finite and >= 0.")
+            raise ValueError(f"TTTConfig: {name}={value!r}; it must be finite and >= 0.")
     if not math.isfinite(config.dampening):
-        raise ValueError(f"{where}: dampening={config.dampening!r}; it must be finite.")
+        raise ValueError(f"TTTConfig: dampening={config.dampening!r}; it must be finite.")
     if config.nesterov and (config.momentum <= 0 or config.dampening != 0):
         raise ValueError(
-            f"{where}: nesterov needs momentum > 0 and dampening = 0; got momentum={config.momentum}, "
+            f"TTTConfig: nesterov needs momentum > 0 and dampening = 0; got momentum={config.momentum}, "
             f"dampening={config.dampening}."
         )
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"{where}: betas={config.betas!r}; both must be in [0, 1).")
+        raise ValueError(f"TTTConfig: betas={config.betas!r}; both must be in [0, 1).")

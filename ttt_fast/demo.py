@@ -96,9 +96,9 @@ DEFAULT_PROMPT = PROMPTS[4]
 def demo_model_folder() -> Path:
     """Return the folder of the converted model, converting it first if this is the first time.
 
-    The folder is ``ttt_fast/smollm2-135m-instruct-<versions>`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-    It appears by a rename when everything in it is written, so that an interrupted or concurrent start
-    never leaves half a model.
+    The folder is ``ttt_fast/smollm2-135m-instruct-<versions>`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``. It appears by a rename when everything in it is written, so that an interrupted or
+    concurrent start never leaves half a model.
 
     Raises:
         FileNotFoundError: the package with the weights, or the weights in it, are missing.

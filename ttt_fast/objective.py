@@ -37,7 +37,10 @@ def negative_log_likelihood(outputs: Any, batch: Batch, reduction: str = "mean")
     targets = torch.full_like(batch.labels, IGNORE_INDEX)
     targets[:, :-1] = batch.labels[:, 1:]
     token_nll = F.cross_entropy(
-        logits.reshape(N * T, V), targets.reshape(N * T), ignore_index=IGNORE_INDEX, reduction="none"
+        logits.reshape(N * T, V),
+        targets.reshape(N * T),
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
     ).view(N, T)
     weights = (targets != IGNORE_INDEX).to(token_nll.dtype)
     if batch.token_weights is not None:

@@ -34,7 +34,7 @@ class UndoLog:
     and logged no further. Memory is reserved for the worst case but touched only as it is used.
 
     Args:
-        params: the weights, contiguous order of each view; only bfloat16 and float16 ones are tracked.
+        params: the weights, contiguous order of each view; only 16-bit ones are tracked.
 
     Attributes:
         offsets: element offset of each parameter in the log, -1 where it is not tracked.
@@ -149,7 +149,9 @@ SCHEMAS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 def _implementation(name: str) -> Callable[..., Any]:
     """The function behind ``torch.ops.ttt_fast.<name>``: call the backend, bump version counters."""
     argument_names = [
-        part.split("=")[0].split()[-1] for part in SCHEMAS[name][0].split(",") if "*" not in part.split()
+        part.split("=")[0].split()[-1]
+        for part in SCHEMAS[name][0].split(",")
+        if "*" not in part.split()
     ]
     mutated = SCHEMAS[name][2]
 
@@ -175,7 +177,9 @@ def _register() -> None:
         _LIBRARY.define(f"{name}({arguments}{separator}str backend) -> {returned}")
         _LIBRARY.impl(name, _implementation(name), "CompositeExplicitAutograd")
         if returned == "()":
-            torch.library.register_fake(f"ttt_fast::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
+            torch.library.register_fake(
+                f"ttt_fast::{name}", lambda *args, **kwargs: None, lib=_LIBRARY
+            )
 
 
 _register()
@@ -241,8 +245,14 @@ def _check_update(
     deltas: Sequence[Tensor],
     bases: Sequence[Tensor],
     rounding: str,
+    undo: UndoLog | None,
 ) -> None:
     """What sgd_ and adamw_ ask of their tensors."""
+    if undo is not None and len(undo.offsets) != len(params):
+        raise ValueError(
+            f"{op}: the undo log is for {len(undo.offsets)} parameters but got {len(params)} params; "
+            f"pass those it was made for, or undo.select(their positions)."
+        )
     for i, param in enumerate(params):
         if param.dtype not in _DTYPES:
             raise ValueError(
@@ -345,7 +355,9 @@ def sgd_(
         decoupled_weight_decay: decay the weight itself instead of adding to the gradient.
         maximize: ascend.
         first_step: the momentum buffers are to be initialised.
-        grad_norm: 0-dim tensor, norm of the unscaled gradients; needed to clip.
+        grad_norm: 0-dim tensor, norm of the unscaled gradients; needed to clip. With rounding="torch" in 16 bits, to
+            have stock ``clip_grad_norm_`` bit for bit, pass torch's own, which is in the gradients' dtype:
+            ``torch.nn.utils.get_total_norm(grads, foreach=True)``.
         max_grad_norm: clip threshold, None for no clipping.
         deltas: n tensors in the compute type, accumulate="delta". Mutated.
         bases: n tensors, the original weights, with ``deltas``.
@@ -364,9 +376,11 @@ def sgd_(
     if momentum and len(momentum_buffers) == 0 and len(params) > 0:
         raise ValueError(f"sgd_: momentum={momentum} needs momentum_buffers; got none.")
     if max_grad_norm is not None and grad_norm is None:
-        raise ValueError("sgd_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads).")
+        raise ValueError(
+            "sgd_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads)."
+        )
     states = {"momentum_buffers": momentum_buffers} if momentum else {}
-    _check_update("sgd_", params, grads, states, deltas, bases, rounding)
+    _check_update("sgd_", params, grads, states, deltas, bases, rounding, undo)
     torch.ops.ttt_fast.sgd_(
         list(params), list(grads), list(momentum_buffers) if momentum else [], list(deltas),
         list(bases), grad_norm, grad_scale, found_inf, landed, undo.tensors if undo else [],
@@ -439,9 +453,11 @@ def adamw_(
     if step_index < 1:
         raise ValueError(f"adamw_: step_index={step_index}; it counts from 1.")
     if max_grad_norm is not None and grad_norm is None:
-        raise ValueError("adamw_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads).")
+        raise ValueError(
+            "adamw_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads)."
+        )
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _check_update("adamw_", params, grads, states, deltas, bases, rounding)
+    _check_update("adamw_", params, grads, states, deltas, bases, rounding, undo)
     torch.ops.ttt_fast.adamw_(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(deltas), list(bases),
         grad_norm, grad_scale, found_inf, landed, undo.tensors if undo else [],
@@ -490,7 +506,9 @@ def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor], *, backend: str = "aut
     devices = {tensor.device.type for tensor in [*dsts, *srcs]}
     crossing = len(devices) > 1
     # Between devices only torch can copy; that is what "auto" means there.
-    chosen = "torch" if crossing and backend == "auto" else resolve_backend(_device_type(dsts), backend)
+    chosen = (
+        "torch" if crossing and backend == "auto" else resolve_backend(_device_type(dsts), backend)
+    )
     torch.ops.ttt_fast.copy_(list(dsts), list(srcs), backend=chosen)
 
 

@@ -14,9 +14,9 @@ The norm and the clip coefficient stay tensors on the device; ``.grad`` is read,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -93,10 +93,9 @@ class FusedOptimizer(Optimizer):
         self.backend = backend
         self.last_grad_norm: Tensor | None = None
         self._rows: dict[Tensor, RowSlice] = {}
-        for i, param in enumerate(self.clip_params):
-            self._check_param(param, f"clip_params[{i}]")
+        self._check_clip_params()
         self._check_options(defaults)
-        super().__init__(params, {**self._torch_keys, **defaults})
+        super().__init__(cast(Any, params), {**self._torch_keys, **defaults})
 
     # ------------------------------------------------------------------------ what a subclass says
 
@@ -152,7 +151,7 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = [self._members(g, group) for g, group in enumerate(self.param_groups)]
+        members = [self._members(group) for group in self.param_groups]
         found_inf = getattr(self, "found_inf", None)
         # The one value that the host reads, under a GradScaler only (which reads it itself for
         # optimizers that are not fused): which step of a parameter is its first depends on it.
@@ -165,7 +164,7 @@ class FusedOptimizer(Optimizer):
         if self.max_grad_norm is not None:
             norm = self.last_grad_norm = self._global_norm(own, grad_scale)
         for group, in_group in zip(self.param_groups, members, strict=True):
-            batches: dict[Hashable, list[_Member]] = {}
+            batches: dict[tuple[torch.device, int], list[_Member]] = {}
             for member in in_group:
                 key = (member.param.device, self._age(group, member.param))
                 batches.setdefault(key, []).append(member)
@@ -181,30 +180,30 @@ class FusedOptimizer(Optimizer):
                     maximize=group["maximize"], lr=float(group["lr"]), backend=self.backend,
                     weight_decay=float(group["weight_decay"]),
                 )  # fmt: skip
-        if norm is not None:
+        if norm is not None and self.max_grad_norm is not None:
             owned = set(chain.from_iterable(group["params"] for group in self.param_groups))
             others = [param for param in self.clip_params if param not in owned]
             torch.nn.utils.clip_grads_with_norm_(others, self.max_grad_norm, norm)
         return loss
 
-    def _members(self, group_index: int, group: dict[str, Any]) -> list[_Member]:
+    def _members(self, group: dict[str, Any]) -> list[_Member]:
         members = []
-        for i, param in enumerate(group["params"]):
+        for param in group["params"]:
             if param.grad is None:
                 continue
             # At each step, as FSDP may have taken the parameters since the optimizer was made.
-            self._check_param(param, _label(group, group_index, i))
-            rows = self._rows.get(param)
+            if _obstacle(param):
+                self._check_group(group)
             weight, grad = param.detach(), param.grad
-            if rows is not None:
+            if self._rows and param in self._rows:
+                rows = self._rows[param]
                 weight, grad = rows.view(weight), rows.view(grad)
             members.append(_Member(param, weight, grad))
         return members
 
     def _global_norm(self, own: Sequence[_Member], grad_scale: Tensor | None) -> Tensor:
         """Norm of the gradients of ``clip_params``, in their order, and then of all others."""
-        for i, param in enumerate(self.clip_params):
-            self._check_param(param, f"clip_params[{i}]")
+        self._check_clip_params()
         counted = set(self.clip_params)
         grads = [param.grad for param in self.clip_params if param.grad is not None]
         grads += [member.grad for member in own if member.param not in counted]
@@ -213,29 +212,19 @@ class FusedOptimizer(Optimizer):
         norm = _combine([ops.grad_norm(local, backend=self.backend) for local in _by_device(grads)])
         return norm if grad_scale is None else norm / grad_scale.to(norm.device)
 
-    def _check_param(self, param: Tensor, label: str) -> None:
-        """Refuse what is not plain, dense and real: its norm or its update would be wrong."""
-        op = type(self).__name__
-        shard = None
-        if hasattr(param, "__tensor_flatten__"):
-            shard = type(param).__name__
-        elif getattr(param, "_fsdp_flattened", False):
-            shard = "FSDP shard"
-        if shard:
-            raise TypeError(
-                f"{op}: parameter {label} is a {shard}: the norm of the part that a process holds "
-                f"is not the global norm. Train an unsharded model, or use torch's optimizer."
-            )
-        if not param.is_floating_point():
-            raise TypeError(
-                f"{op}: parameter {label} is {str(param.dtype).removeprefix('torch.')}; only real "
-                f"floating point can be updated. Leave it out."
-            )
-        if param.grad is not None and param.grad.layout != torch.strided:
-            raise TypeError(
-                f"{op}: parameter {label} has a sparse gradient ({param.grad.layout}); a dense one "
-                f"is needed. Use nn.Embedding(sparse=False), or torch.optim.SparseAdam."
-            )
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for i, param in enumerate(group["params"]):
+            obstacle = _obstacle(param)
+            if obstacle:
+                names = group.get("param_names")
+                name = repr(names[i]) if names else f"{i} of its group"
+                raise TypeError(f"{type(self).__name__}: parameter {name} {obstacle}.")
+
+    def _check_clip_params(self) -> None:
+        for i, param in enumerate(self.clip_params):
+            obstacle = _obstacle(param)
+            if obstacle:
+                raise TypeError(f"{type(self).__name__}: clip_params[{i}] {obstacle}.")
 
     def _next_seed(self, group: dict[str, Any]) -> int:
         """Return a seed not used before; the group keeps count, so that it is in state_dict."""
@@ -267,7 +256,7 @@ class FusedOptimizer(Optimizer):
         """Add a group; ``params`` may be tensors, (name, tensor) pairs or ``Selection``s.
 
         Raises:
-            ValueError: an option that torch refuses as well.
+            ValueError: an option that torch refuses as well; a parameter that is listed twice.
             TypeError: a complex parameter, a DTensor or FSDP shard.
         """
         params = param_group["params"]
@@ -275,22 +264,21 @@ class FusedOptimizer(Optimizer):
             params = [params]
         if not isinstance(params, set):  # a set is for torch to refuse
             params = list(params)
-        rows = {
+        rows: dict[Tensor, RowSlice] = {
             item.param: item.rows
             for item in params
             if isinstance(item, Selection) and item.rows is not None
         }
         group = {**param_group, "params": type(params)(_unwrap(item) for item in params)}
-        if rows and len(set(group["params"])) < len(group["params"]):
-            raise ValueError(
-                "a parameter was selected twice; give one Selection with one row slice for each."
-            )
         self._check_options({**self.defaults, **group})
         super().add_param_group(group)
         try:
-            for i, param in enumerate(group["params"]):
-                self._check_param(param, _label(group, len(self.param_groups) - 1, i))
-        except TypeError:
+            self._check_group(group)
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError(
+                    "A parameter is listed twice; list it once, with at most one row slice."
+                )
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._rows.update(rows)
@@ -353,10 +341,12 @@ class FusedSGD(FusedOptimizer):
         maximize: ascend.
         max_grad_norm: clip threshold of one norm over all groups; None for no clipping.
         clip_params: what else counts in that norm, e.g. ``model.parameters()`` where a part of them
-            is optimized. Gradients of those that are not this optimizer's are clipped in place, as
-            ``clip_grad_norm_`` would, for whoever updates them.
+            is optimized; always whole. Gradients of those that are not this optimizer's are clipped
+            in place, as ``clip_grad_norm_`` would, for whoever updates them.
         rounding: how 16-bit weights are rounded: "nearest" once a step, "stochastic", or "torch",
-            bitwise what ``clip_grad_norm_`` and ``SGD`` with ``foreach=True`` do.
+            bitwise what ``clip_grad_norm_`` and ``SGD`` with ``foreach=True`` do. (Not at a step
+            at which some parameters of a group start and others go on: torch's foreach code then
+            multiplies by an unrounded momentum, at all other steps by a bfloat16 one.)
         state_dtype: None for the dtype of each parameter, or torch.float32.
         seed: of stochastic rounding.
         snapshot: :class:`ttt_fast.Snapshot` of these parameters with ``where="undo"``; every step
@@ -508,7 +498,7 @@ class FusedAdamW(FusedOptimizer):
         states = [
             self.state.get(member.param)
             or {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device="cpu"),
                 "exp_avg": self._new_state(member.weight),
                 "exp_avg_sq": self._new_state(member.weight),
             }
@@ -559,10 +549,25 @@ def _unwrap(item: Any) -> Any:
     return item.param if isinstance(item, Selection) else item
 
 
-def _label(group: dict[str, Any], group_index: int, index: int) -> str:
-    """Name a parameter for an error message."""
-    names = group.get("param_names")
-    return repr(names[index]) if names else f"{index} of group {group_index}"
+def _obstacle(param: Tensor) -> str | None:
+    """Why a parameter's norm or update would be wrong, and what to do; None if they are right."""
+    kind = type(param).__name__ if hasattr(param, "__tensor_flatten__") else None  # DTensor, ...
+    kind = kind or ("FSDP shard" if getattr(param, "_fsdp_flattened", False) else None)
+    if kind:
+        return (
+            f"is a {kind}: the norm of the part that a process holds is not the global norm. "
+            f"Train an unsharded model, or use torch's optimizer"
+        )
+    if not param.is_floating_point():
+        return (
+            f"is {str(param.dtype).removeprefix('torch.')}, not real floating point. Leave it out"
+        )
+    if param.grad is not None and param.grad.layout != torch.strided:
+        return (
+            f"has a sparse gradient ({param.grad.layout}) and needs a dense one. Use "
+            f"nn.Embedding(sparse=False), or torch.optim.SparseAdam"
+        )
+    return None
 
 
 def _combine(norms: Sequence[Tensor]) -> Tensor:

@@ -159,6 +159,19 @@ def _apply_step(
         after = round_stochastic(target, param.dtype, bits)
     else:
         after = target.to(param.dtype)
+    _commit(index, param, after, step, landed, undo, undo_offsets)
+
+
+def _commit(
+    index: int,
+    param: Tensor,
+    after: Tensor,
+    step: Tensor,
+    landed: Tensor | None,
+    undo: Sequence[Tensor],
+    undo_offsets: Sequence[int],
+) -> None:
+    """Measure and log a step, then write it: in this order an interruption loses nothing."""
     if landed is not None:
         _record_landed(landed, param, after, step)
     if undo and undo_offsets[index] >= 0:
@@ -166,9 +179,7 @@ def _apply_step(
     param.copy_(after)
 
 
-def _weight(
-    index: int, param: Tensor, deltas: Sequence[Tensor], bases: Sequence[Tensor]
-) -> Tensor:
+def _weight(index: int, param: Tensor, deltas: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
     """The weight that decay sees: base + delta where a delta is kept, else the stored weight."""
     if deltas:
         return bases[index].to(deltas[index].dtype) + deltas[index]
@@ -222,13 +233,13 @@ def sgd_(
         if weight is not None and decoupled_weight_decay:
             step = step - (lr * weight_decay) * weight
         if rounding == "torch":
-            _torch_sgd_step(
-                param, grad, factor, momentum_buffers[i : i + 1] if momentum else [], i, step,
-                landed, undo, undo_offsets, lr=lr, momentum=momentum, dampening=dampening,
-                nesterov=nesterov, weight_decay=weight_decay,
-                decoupled_weight_decay=decoupled_weight_decay, maximize=maximize,
-                first_step=first_step,
+            after = _torch_sgd_step(
+                param, grad, factor, momentum_buffers[i : i + 1] if momentum else [], lr=lr,
+                momentum=momentum, dampening=dampening, nesterov=nesterov,
+                weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay,
+                maximize=maximize, first_step=first_step,
             )  # fmt: skip
+            _commit(i, param, after, step, landed, undo, undo_offsets)
             continue
         if momentum:
             buffer.copy_(new_buffer)
@@ -243,11 +254,6 @@ def _torch_sgd_step(
     grad: Tensor,
     factor: Tensor | None,
     momentum_buffers: Sequence[Tensor],
-    index: int,
-    step: Tensor,
-    landed: Tensor | None,
-    undo: Sequence[Tensor],
-    undo_offsets: Sequence[int],
     *,
     lr: float,
     momentum: float,
@@ -257,39 +263,23 @@ def _torch_sgd_step(
     decoupled_weight_decay: bool,
     maximize: bool,
     first_step: bool,
-) -> None:
-    """One tensor's step by torch's own foreach SGD; ``step`` is only measured against."""
-    before = param.clone()
-    grad = grad.clone()
+) -> Tensor:
+    """One tensor's new value by torch's own foreach SGD; the momentum buffer is written."""
+    after, grad = param.clone(), grad.clone()
     if factor is not None:
         torch._foreach_mul_([grad], factor.to(grad.device))
     if decoupled_weight_decay:
-        param.mul_(1.0 - lr * weight_decay)
+        # As foreach AdamW does it; Tensor.mul_ rounds otherwise: it keeps the factor in float32.
+        torch._foreach_mul_([after], 1.0 - lr * weight_decay)
         weight_decay = 0.0
     buffers: list[Tensor | None] = [None if first_step else b for b in momentum_buffers] or [None]
     _torch_sgd(
-        [param], [grad], buffers, foreach=True, lr=lr, momentum=momentum, dampening=dampening,
+        [after], [grad], buffers, foreach=True, lr=lr, momentum=momentum, dampening=dampening,
         nesterov=nesterov, weight_decay=weight_decay, maximize=maximize,
     )  # fmt: skip
     if first_step and momentum_buffers:
         momentum_buffers[0].copy_(buffers[0])
-    _measure(index, before, param, step, landed, undo, undo_offsets)
-
-
-def _measure(
-    index: int,
-    before: Tensor,
-    after: Tensor,
-    step: Tensor,
-    landed: Tensor | None,
-    undo: Sequence[Tensor],
-    undo_offsets: Sequence[int],
-) -> None:
-    """Log and measure a step that has been written already."""
-    if landed is not None:
-        _record_landed(landed, before, after, step)
-    if undo and undo_offsets[index] >= 0:
-        undo_record_(undo, before, after, undo_offsets[index])
+    return after
 
 
 # ---------------------------------------------------------------------------- adamw_
@@ -354,16 +344,15 @@ def adamw_(
         if weight_decay:
             step = step - (lr * weight_decay) * _weight(i, param, deltas, bases)
         if rounding == "torch":
-            before = param.clone()
-            grad = grad.clone()
+            after, grad = param.clone(), grad.clone()
             if factor is not None:
                 torch._foreach_mul_([grad], factor.to(grad.device))
             _torch_adamw(
-                [param], [grad], [exp_avgs[i]], [exp_avg_sqs[i]], [],
+                [after], [grad], [exp_avgs[i]], [exp_avg_sqs[i]], [],
                 [torch.tensor(float(step_index - 1))], foreach=True, amsgrad=False, beta1=beta1,
                 beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=maximize,
             )  # fmt: skip
-            _measure(i, before, param, step, landed, undo, undo_offsets)
+            _commit(i, param, after, step, landed, undo, undo_offsets)
             continue
         exp_avgs[i].copy_(m)
         exp_avg_sqs[i].copy_(v)
@@ -436,8 +425,10 @@ def undo_restore_(
 def checksum(tensors: Sequence[Tensor]) -> Tensor:
     """Order-sensitive 64-bit checksum of the bits of all tensors.
 
-        Σ_t (2t+1) · Σ_i mix(x_i + (i+1)·φ),   mix(z) = (z ^ (z >> 32))·0xD6E8FEB86659FD93   (mod 2⁶⁴)
+        Σ_t (2t+1) · Σ_i mix(x_i + (i+1)·φ),   mix(z) = (y ^ (y >> 32))·M,  y = z·M   (mod 2⁶⁴)
 
+    with M = 0xD6E8FEB86659FD93; without the first product, one weight a bit up and another a bit down
+    would cancel.
     x_i: bits of element i (logical order) as a signed integer of the element's size; shifts are logical.
 
     Returns:
@@ -449,6 +440,7 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
         bits = tensor.detach().contiguous().flatten().view(_BITS_DTYPE[tensor.element_size()])
         z = bits.to(torch.int64)
         z = z + torch.arange(1, z.numel() + 1, dtype=torch.int64, device=z.device) * phi
+        z *= 0xD6E8FEB86659FD93 - (1 << 64)
         z = (z ^ ((z >> 32) & _MASK32)) * (0xD6E8FEB86659FD93 - (1 << 64))
         total += z.sum().cpu() * (2 * t + 1)
     return total

@@ -31,6 +31,7 @@ from ttt_fast.reference import compute_dtype
 if TYPE_CHECKING:
     from ttt_fast.adaptation import Adaptation
 
+
 class DivergedError(RuntimeError):
     """A loss or gradient norm was not finite. The weights have been restored.
 
@@ -169,7 +170,8 @@ class Session:
             return empty, empty.clone()
         _, losses, norms = zip(*entries, strict=True)
         return tuple(
-            torch.stack([v.to(compute_dtype(v.dtype)) for v in values]) for values in (losses, norms)
+            torch.stack([v.to(compute_dtype(v.dtype)) for v in values])
+            for values in (losses, norms)
         )
 
     def _step_delta(self, rows: Batch, delta: int) -> tuple[Tensor, Tensor]:

@@ -204,7 +204,8 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes in use: copies and, with "undo", what has been logged until now."""
-        return sum(kept.nbytes for kept in [*self._buffers, *self._logs.values()])
+        copies = sum(buffer.nbytes for buffer in self._buffers)
+        return copies + sum(log.nbytes for log in self._logs.values())
 
     def describe(self) -> str:
         """One line: what is kept, how, and in how many bytes."""

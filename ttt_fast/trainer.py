@@ -118,9 +118,15 @@ class TTTTrainer:
         order = [torch.tensor([row]) for row in range(N)] if n_deltas > 1 else [torch.arange(N)]
         require_free(self.model)
         try:
-            with self.begin(n_deltas) as session, tqdm(
-                total=len(order) * self.config.steps, disable=not progress, unit="step", leave=False
-            ) as bar:
+            with (
+                self.begin(n_deltas) as session,
+                tqdm(
+                    total=len(order) * self.config.steps,
+                    disable=not progress,
+                    unit="step",
+                    leave=False,
+                ) as bar,
+            ):
                 for index in order:
                     self._adapt_rows(session, batch.rows(index), on_step, stop, bar)
                 adaptation = session.end()
@@ -186,7 +192,8 @@ class TTTTrainer:
             raise ValueError(
                 "adapt: the prompt is empty, so there is nothing to learn from. Give at least two tokens."
             )
-        ids, padding = pad_rows(rows, pad_value=0)
+        # On the right, where causal attention never looks at it from a token.
+        ids, padding = pad_rows(rows, pad_value=0, side="right")
         ragged = bool((padding == 0).any())
         given = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
                  "token_weights": token_weights}  # fmt: skip

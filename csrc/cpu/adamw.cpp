@@ -26,17 +26,49 @@ TTT_CLONES void adamw_block(const AdamwArgs<double>& args, int64_t n, const doub
   adamw_loop(args, n, g, w, m, v, step);
 }
 
+// Everything at once, where all tensors have the parameter's dtype and nobody asks for more.
+template <class Storage>
+TTT_HOST_DEVICE void adamw_fused_loop(const AdamwArgs<float> args, int64_t n,
+                                      const Storage* __restrict g, Storage* __restrict w,
+                                      Storage* __restrict m, Storage* __restrict v) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float weight = to_compute(w[i]);
+    float average = to_compute(m[i]), square = to_compute(v[i]);
+    const float step = adamw_step(args, to_compute(g[i]), weight, average, square);
+    m[i] = to_storage<Storage>(average);
+    v[i] = to_storage<Storage>(square);
+    w[i] = to_storage<Storage>(weight + step);
+  }
+}
+
+TTT_CLONES void adamw_fused(const AdamwArgs<float>& args, int64_t n, const float* g, float* w,
+                            float* m, float* v) {
+  adamw_fused_loop(args, n, g, w, m, v);
+}
+
+TTT_CLONES void adamw_fused(const AdamwArgs<float>& args, int64_t n, const Bf16* g, Bf16* w,
+                            Bf16* m, Bf16* v) {
+  adamw_fused_loop(args, n, g, w, m, v);
+}
+
+template <class C>
+struct AdamwDirection {
+  const AdamwArgs<C>& args;
+
+  void operator()(int64_t n, const C* g, const C* w, C* m, C* v, C* step) const {
+    adamw_block(args, n, g, w, m, v, step);
+  }
+
+  template <class Storage>
+  void fused(int64_t n, const Storage* g, Storage* w, Storage* m, Storage* v) const {
+    adamw_fused(args, n, g, w, m, v);
+  }
+};
+
 }  // namespace
 
 void adamw_cpu(const UpdateCall& call, const AdamwArgs<float>& f32, const AdamwArgs<double>& f64) {
-  update_cpu(
-      call,
-      [&](int64_t n, const float* g, const float* w, float* m, float* v, float* step) {
-        adamw_block(f32, n, g, w, m, v, step);
-      },
-      [&](int64_t n, const double* g, const double* w, double* m, double* v, double* step) {
-        adamw_block(f64, n, g, w, m, v, step);
-      });
+  update_cpu(call, AdamwDirection<float>{f32}, AdamwDirection<double>{f64});
 }
 
 }  // namespace ttt_fast

@@ -1,7 +1,8 @@
 // How every CPU kernel walks over its tensors.
 //
-//   tensor -> chunks of 65536 elements   the unit of work of a thread, of a partial sum, of the undo log
-//   chunk  -> blocks of 1024 elements    stay in the L1 cache while several plain loops pass over them
+//   tensor -> chunks of 65536 elements   the unit of work of a thread, of a partial sum, of the
+//   undo log chunk  -> blocks of 1024 elements    stay in the L1 cache while several plain loops
+//   pass over them
 //
 // Chunks do not depend on the number of threads and partial sums are added in chunk order, so that
 // results do not depend on it either.

@@ -10,8 +10,8 @@ namespace {
 typedef double Lanes __attribute__((vector_size(64), aligned(8)));
 constexpr int64_t kLanes = 8;
 
-// Four accumulators of eight lanes hide the latency of the addition. Their number is fixed, and with
-// it the order of the sum, for every instruction set.
+// Four accumulators of eight lanes hide the latency of the addition. Their number is fixed, and
+// with it the order of the sum, for every instruction set.
 template <class C>
 TTT_HOST_DEVICE double square_sum_loop(const C* x, int64_t n) {
   typedef C Narrow __attribute__((vector_size(kLanes * sizeof(C)), aligned(sizeof(C))));

@@ -1,8 +1,8 @@
 // SGD on all tensors of a call.
 // Fused: clip factor, decay, momentum, Nesterov, delta, write, rounding, undo log, update_landed.
-// Bytes per element, with momentum: 20 in float32 (read g, m, w; write m, w), 10 in bfloat16, 18 with
-// a float32 delta and base (the weight is then written only).
-// Bound: memory bandwidth. Reference: sgd_ in ttt_fast/reference.py.
+// Bytes per element, with momentum: 20 in float32 (read g, m, w; write m, w), 10 in bfloat16, 18
+// with a float32 delta and base (the weight is then written only). Bound: memory bandwidth.
+// Reference: sgd_ in ttt_fast/reference.py.
 #include "update.h"
 
 namespace ttt_fast {
@@ -24,17 +24,47 @@ TTT_CLONES void sgd_block(const SgdArgs<double>& args, int64_t n, const double* 
   sgd_loop(args, n, g, w, m, step);
 }
 
+// Everything at once, where all tensors have the parameter's dtype and nobody asks for more.
+template <class Storage>
+TTT_HOST_DEVICE void sgd_fused_loop(const SgdArgs<float> args, int64_t n,
+                                    const Storage* __restrict g, Storage* __restrict w,
+                                    Storage* __restrict m) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float weight = to_compute(w[i]);
+    float buffer = to_compute(m[i]);
+    const float step = sgd_step(args, to_compute(g[i]), weight, buffer);
+    m[i] = to_storage<Storage>(buffer);
+    w[i] = to_storage<Storage>(weight + step);
+  }
+}
+
+TTT_CLONES void sgd_fused(const SgdArgs<float>& args, int64_t n, const float* g, float* w,
+                          float* m) {
+  sgd_fused_loop(args, n, g, w, m);
+}
+
+TTT_CLONES void sgd_fused(const SgdArgs<float>& args, int64_t n, const Bf16* g, Bf16* w, Bf16* m) {
+  sgd_fused_loop(args, n, g, w, m);
+}
+
+template <class C>
+struct SgdDirection {
+  const SgdArgs<C>& args;
+
+  void operator()(int64_t n, const C* g, const C* w, C* m, C*, C* step) const {
+    sgd_block(args, n, g, w, m, step);
+  }
+
+  template <class Storage>
+  void fused(int64_t n, const Storage* g, Storage* w, Storage* m, Storage*) const {
+    sgd_fused(args, n, g, w, m);
+  }
+};
+
 }  // namespace
 
 void sgd_cpu(const UpdateCall& call, const SgdArgs<float>& f32, const SgdArgs<double>& f64) {
-  update_cpu(
-      call,
-      [&](int64_t n, const float* g, const float* w, float* m, float*, float* step) {
-        sgd_block(f32, n, g, w, m, step);
-      },
-      [&](int64_t n, const double* g, const double* w, double* m, double*, double* step) {
-        sgd_block(f64, n, g, w, m, step);
-      });
+  update_cpu(call, SgdDirection<float>{f32}, SgdDirection<double>{f64});
 }
 
 }  // namespace ttt_fast

@@ -1,9 +1,9 @@
 // Undo log: record (inside an update) and restore.
 // Fused: comparison of old and new bits inside the update's own pass over the weights.
-// Bytes: 6 per changed element, 2 per element of a chunk that is kept whole; restore reads them back.
-// Bound: the comparison is done in L1; restore is bound by scattered 2-byte stores.
-// Reference: undo_record_ and undo_restore_ in ttt_fast/reference.py. The order of the entries in the
-// log may differ from the reference's, what they restore does not.
+// Bytes: 6 per changed element, 2 per element of a chunk that is kept whole; restore reads them
+// back. Bound: the comparison is done in L1; restore is bound by scattered 2-byte stores.
+// Reference: undo_record_ and undo_restore_ in ttt_fast/reference.py. The order of the entries in
+// the log may differ from the reference's, what they restore does not.
 #include "undo.h"
 
 namespace ttt_fast {
@@ -47,8 +47,8 @@ void UndoRecorder::record(int64_t at, int64_t n, const uint16_t* before, const u
   if (count_ > limit_) keep_page();
 }
 
-// Too dense: keep the chunk as it was before this step. Some blocks are written already; the entries
-// hold what they were. Nothing of this step has reached the log yet.
+// Too dense: keep the chunk as it was before this step. Some blocks are written already; the
+// entries hold what they were. Nothing of this step has reached the log yet.
 void UndoRecorder::keep_page() {
   uint16_t* page = state_.pages + offset_;
   gather(*param_, chunk_.begin, chunk_.length, reinterpret_cast<char*>(page));

@@ -207,9 +207,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _forward_into_slots(
-    module: nn.Module, slots: dict[int, _Slot]
-) -> Callable[..., Tensor] | None:
+def _forward_into_slots(module: nn.Module, slots: dict[int, _Slot]) -> Callable[..., Tensor] | None:
     """The replacement of ``module.forward``, None if the module is not one that can be taken over."""
     weight = getattr(module, "weight", None)
     weight_slot = slots.get(id(weight))

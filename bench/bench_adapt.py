@@ -1,0 +1,113 @@
+"""Whole adaptations of SmolLM2-135M, snapshot and restore included: T = 64, K = 10, all parameters.
+
+SGD with momentum 0.9, weight decay 0.01, clip 10. The naive loop is ``bench/naive.py``; "best stock" is the same loop
+with ``torch.optim.SGD(fused=True)`` (foreach in bfloat16, where fused does nothing on the CPU). Peak memory is
+measured in a process of its own for each case.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import peak_memory
+from ttt_fast import TTTConfig, TTTTrainer
+from ttt_fast.demo import load_demo_model
+from ttt_fast.naive import naive_adapt
+
+T, K = 64, 10
+OPTIONS: dict[str, Any] = {
+    "steps": K, "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.01, "max_grad_norm": 10.0,
+}  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def prompt() -> torch.Tensor:
+    """The same T token ids everywhere, (1, T)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1000, 40000, (1, T), generator=generator)
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Operations per second of a product as large as a layer's, (T, 576) by (576, 1536)."""
+    x, w = torch.randn(T, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+    rates = []
+    for _ in range(200):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        rates.append(2 * T * 576 * 1536 / (time.perf_counter() - start))
+    return sorted(rates)[len(rates) // 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def bench_adapt(compare: Callable[..., None], benchmark: Any, dtype: torch.dtype) -> None:
+    model, _ = load_demo_model(dtype)
+    ids = prompt()
+    trainer = TTTTrainer(model, TTTConfig(**OPTIONS))
+    best = {"fused": True} if dtype == torch.float32 else {"foreach": True}
+    losses: dict[str, torch.Tensor] = {}
+
+    def naive(**optimizer_kwargs: bool) -> None:
+        result = naive_adapt(model, ids, optimizer_kwargs=optimizer_kwargs, **OPTIONS)
+        result.restore()
+        losses["naive"] = result.losses
+
+    def ours() -> None:
+        with trainer.adapt(ids) as adapted:
+            losses["ours"] = adapted.losses[0]
+
+    sides = {"naive": (naive, 0), "best stock": (lambda: naive(**best), 0), "ours": (ours, 0)}
+    name = str(dtype).removeprefix("torch.")
+    compare(f"adapt, T = {T}, K = {K}, {name}", sides, baseline="naive", rounds=3)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(losses["ours"], losses["naive"], atol=tolerance, rtol=0)
+    if not benchmark.disabled:
+        print_floor(sum(p.numel() for p in model.parameters()), dtype)
+
+
+def print_floor(numel: int, dtype: torch.dtype) -> None:
+    """What a step cannot beat: its products at the GEMM rate, the update's bytes at the copy bandwidth."""
+    src = torch.ones(1 << 26)
+    dst = torch.zeros_like(src)
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        dst.copy_(src)
+        seconds.append(time.perf_counter() - start)
+    bandwidth = 2 * src.nbytes / sorted(seconds)[3]
+    products_ms = 1e3 * 6 * numel * T / gemm_rate(dtype)
+    update_ms = 1e3 * 6 * numel * dtype.itemsize / bandwidth
+    print(
+        f"floor of a step: products {products_ms:.0f} ms at the rate of a (64, 576) x (576, 1536) product + "
+        f"norm and update {update_ms:.0f} ms at {bandwidth / 1e9:.1f} GB/s"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def bench_adapt_memory(benchmark: Any, dtype: torch.dtype) -> None:
+    """Peak bytes above the model; nothing is timed."""
+    name = str(dtype).removeprefix("torch.")
+    cases = ["naive", "device", "host"] + (["undo"] if dtype == torch.bfloat16 else [])
+    peaks = {}
+    for case in cases[: 2 if benchmark.disabled else None]:
+        command = [sys.executable, "-m", "bench.peak_memory", case, name]
+        root = Path(peak_memory.__file__).parent.parent
+        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+        peaks[case] = json.loads(output.stdout)
+    benchmark.extra_info = peaks
+    benchmark(lambda: None)
+    print(f"\npeak memory above the model, T = {T}, K = {K}, {name}")
+    naive = peaks["naive"]
+    for case, row in peaks.items():
+        print(
+            f"{case:10}{row['peak_bytes'] / 2**20:9.0f} MiB   {row['peak_bytes'] / naive['peak_bytes']:.2f} of "
+            f"naive, {row['peak_bytes'] / naive['stated_bytes']:.2f} of weights + gradients + momentum"
+        )

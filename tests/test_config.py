@@ -1,0 +1,80 @@
+"""Settings: what is refused, and what a group overrides."""
+
+import dataclasses
+
+import pytest
+
+from ttt_fast import TTTConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(optimizer="lion"), "optimizer='lion' is unknown; use one of 'sgd', 'adamw'"),
+        (dict(reduction="max"), "reduction='max'"),
+        (dict(engine="factored"), "engine='factored'"),
+        (dict(accumulate="sum"), "accumulate='sum'"),
+        (dict(rounding="down"), "rounding='down'"),
+        (dict(snapshot="disk"), "snapshot='disk'"),
+        (dict(backend="cuda"), "backend='cuda'"),
+        (dict(steps=-1), "steps=-1; it must be an integer >= 0"),
+        (dict(steps=2.0), "steps=2.0"),
+        (dict(steps=True), "steps=True"),
+        (dict(check_every=0), "check_every=0; it must be an integer >= 1"),
+        (dict(lr=float("nan")), "lr=nan; it must be finite and >= 0"),
+        (dict(lr=float("inf")), "lr=inf"),
+        (dict(lr=-1e-3), "lr=-0.001"),
+        (dict(lr="fast"), "lr='f"),
+        (dict(lr=None), "lr=None"),
+        (dict(lr=[0.1] * 3, steps=4), "lr has 3 values for 4 steps"),
+        (dict(lr=[0.1, -0.1], steps=2), "lr=-0.1"),
+        (dict(momentum=-0.1), "momentum=-0.1"),
+        (dict(momentum=float("nan")), "momentum=nan"),
+        (dict(weight_decay=-1), "weight_decay=-1"),
+        (dict(dampening=float("inf")), "dampening=inf"),
+        (dict(eps=-1e-8), "eps=-1e-08"),
+        (dict(nesterov=True, momentum=0.0), "nesterov needs momentum > 0"),
+        (dict(nesterov=True, dampening=0.1), "nesterov needs .* dampening=0.1"),
+        (dict(betas=(0.9, 1.0)), "betas"),
+        (dict(betas=(0.9,)), "betas"),
+        (dict(max_grad_norm=0.0), "max_grad_norm=0.0; it must be > 0, or None"),
+        (dict(max_grad_norm=float("nan")), "max_grad_norm=nan"),
+        (dict(accumulate="delta", rounding="torch"), "keeps no delta"),
+        (dict(accumulate="delta", snapshot="host"), "snapshot='host' is not"),
+        (dict(accumulate="delta", snapshot="undo"), "snapshot='undo' is not"),
+        (dict(param_groups=[{"lr": 0.1}]), r"param_groups\[0\] has keys \['lr'\]"),
+        (dict(param_groups=[{"params": "norm", "steps": 3}]), r"keys \['params', 'steps'\]"),
+        (dict(param_groups=[{"params": "norm", "lr": -1}]), r"param_groups\[0\]: lr=-1"),
+        (
+            dict(param_groups=[{"params": "ffn"}, {"params": "norm", "nesterov": True,
+                                                   "momentum": 0.0}]),
+            r"param_groups\[1\]: nesterov",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TTTConfig(**options)
+
+
+def test_settings_cannot_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TTTConfig().lr = 1.0
+
+
+def test_step_sizes():
+    assert TTTConfig(lr=0.5).lr_at(99) == 0.5
+    assert TTTConfig(lr=0).lr_at(0) == 0.0
+    assert [TTTConfig(lr=(0.1, 0.2), steps=2).lr_at(step) for step in (0, 1)] == [0.1, 0.2]
+    assert TTTConfig(lr=lambda step: 1 / (1 + step)).lr_at(3) == 0.25
+    with pytest.raises(ValueError, match="lr has 2 values but step 3"):
+        TTTConfig(lr=(0.1, 0.2), steps=2).lr_at(2)
+    with pytest.raises(ValueError, match="lr=nan at step 1"):
+        TTTConfig(lr=lambda step: float("nan")).lr_at(0)
+
+
+def test_a_group_overrides_what_it_names():
+    config = TTTConfig(lr=0.1, weight_decay=0.2, param_groups=[{"params": "norm", "lr": 0.3}])
+    group = config.for_group(config.param_groups[0])
+    assert (group.lr, group.weight_decay, group.param_groups) == (0.3, 0.2, ())

@@ -1,0 +1,121 @@
+import copy
+
+import pytest
+import torch
+
+from tests.update_cases import adamw_step, backend_params, make_case, sgd_step
+from ttt_fast import ops
+from ttt_fast.ops import SCHEMAS, UndoLog
+
+backends = pytest.mark.parametrize("backend", backend_params())
+needs_cpp = pytest.mark.parametrize("backend", backend_params()[1:])
+
+
+def arguments_of(name: str) -> tuple[tuple, dict]:
+    """Positional and keyword arguments of one call of each op, without `backend`."""
+    case = make_case([(5, 3), (), (0,), (70,)], [torch.float32, torch.bfloat16], n_states=2)
+    undo = UndoLog(case.params)
+    update = ([], [], torch.tensor(2.0), None, None, case.landed, undo.tensors, undo.offsets)
+    shared = {"lr": 0.1, "weight_decay": 0.01, "maximize": False, "max_grad_norm": 1.0}
+    shared |= {"rounding": "nearest", "seed": 0}
+    if name == "sgd_":
+        options = {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "first_step": True}
+        options |= {"decoupled_weight_decay": False}
+        return (case.params, case.grads, case.states[0], *update), shared | options
+    if name == "adamw_":
+        options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step_index": 1}
+        return (case.params, case.grads, *case.states, *update), shared | options
+    if name == "copy_":
+        return ([torch.zeros(3), torch.zeros(2, 2)], [torch.ones(3), torch.ones(2, 2)]), {}
+    if name == "undo_restore_":
+        return (case.params, undo.tensors, undo.offsets), {}
+    return (case.grads,), {}
+
+
+@backends
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck(name, backend):
+    args, kwargs = arguments_of(name)
+    # Autograd is not what these ops are for: they run under no_grad and register no formula.
+    torch.library.opcheck(
+        getattr(torch.ops.ttt_fast, name).default, args, kwargs | {"backend": backend},
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )  # fmt: skip
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema_of_the_extension_is_the_schema_less_backend(name, backend):
+    ours = str(getattr(torch.ops.ttt_fast, name).default._schema)
+    theirs = str(getattr(getattr(torch.ops, f"ttt_fast_{backend}"), name).default._schema)
+    without = ours.replace(", *, str backend)", ")").replace(", str backend)", ")")
+    assert theirs == without.replace("ttt_fast::", f"ttt_fast_{backend}::")
+
+
+@backends
+def test_compiles_without_a_graph_break(backend):
+    def step(params, grads, buffers, saved):
+        norm = ops.grad_norm(grads, backend=backend)
+        ops.copy_(saved, params, backend=backend)
+        ops.sgd_(
+            params, grads, buffers, lr=0.1, momentum=0.9, first_step=True, grad_norm=norm,
+            max_grad_norm=1.0, backend=backend,
+        )  # fmt: skip
+        return params[0] * 2, norm
+
+    eager = make_case([(5, 3), (70,)], [torch.float32], n_states=1)
+    compiled = eager.clone()
+    saved = [torch.zeros_like(p) for p in eager.params]
+    saved_compiled = copy.deepcopy(saved)
+    expected = step(eager.params, eager.grads, eager.states[0], saved)
+    function = torch.compile(step, fullgraph=True, backend="aot_eager")
+    actual = function(compiled.params, compiled.grads, compiled.states[0], saved_compiled)
+    compiled.assert_same(eager)
+    for a, e in zip([*actual, *saved_compiled], [*expected, *saved], strict=True):
+        assert torch.equal(a, e)
+
+
+@backends
+@pytest.mark.parametrize("op", ["sgd_", "adamw_", "copy_", "undo_restore_"])
+def test_autograd_sees_that_a_saved_tensor_was_overwritten(op, backend):
+    case = make_case([(8,)], [torch.bfloat16], n_states=2)
+    weight = case.params[0].requires_grad_()
+    undo = UndoLog(case.params)
+    loss = weight.square().sum()
+    versions = [s[0]._version for s in case.states]
+    if op == "sgd_":
+        sgd_step(case, backend, lr=0.1, momentum=0.9, first_step=True)
+        assert case.states[0][0]._version > versions[0]
+    elif op == "adamw_":
+        adamw_step(case, backend, lr=0.1, step_index=1)
+        assert [s[0]._version > v for s, v in zip(case.states, versions, strict=True)] == [True] * 2
+    elif op == "copy_":
+        ops.copy_([weight], [torch.zeros(8, dtype=torch.bfloat16)], backend=backend)
+    else:
+        ops.undo_restore_([weight], undo, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_cpp
+def test_direct_calls_are_checked_too(backend):
+    # ops.py checks with names; the extension itself must at least never touch foreign memory.
+    copy_op = torch.ops.ttt_fast_cpp.copy_
+    with pytest.raises(RuntimeError, match="they must agree"):
+        copy_op([torch.zeros(3)], [torch.zeros(4)])
+    with pytest.raises(RuntimeError, match="differ in dtype"):
+        copy_op([torch.zeros(3)], [torch.zeros(3).int()])
+    with pytest.raises(RuntimeError, match="not on the CPU"):
+        copy_op([torch.zeros(3, device="meta")], [torch.zeros(3)])
+    with pytest.raises(RuntimeError, match="at most 8 are supported"):
+        torch.ops.ttt_fast_cpp.checksum([torch.zeros(3, dtype=torch.complex128)])
+    with pytest.raises(RuntimeError, match="must be float32"):
+        torch.ops.ttt_fast_cpp.grad_norm([torch.zeros(3).int()])
+
+
+def test_unknown_arguments_of_schema_do_not_hide():
+    # The version counters are bumped by argument name: each name must exist in its schema.
+    for name, (arguments, _, mutated) in SCHEMAS.items():
+        for argument in mutated:
+            assert f" {argument}" in f" {arguments}", (name, argument)
+            assert f"!)[] {argument}" in arguments, (name, argument)

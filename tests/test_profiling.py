@@ -1,0 +1,52 @@
+"""Milliseconds and bytes by phase."""
+
+import sys
+
+import pytest
+import torch
+
+from ttt_fast import profiling
+from ttt_fast.profiling import Phases
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+
+
+def test_phases_add_up_in_their_order():
+    phases = Phases()
+    for name in ("forward", "backward", "forward"):
+        with phases(name):
+            torch.ones(10).sum()
+    first = phases.ms
+    assert list(first) == ["forward", "backward"] == list(phases.peak_bytes)
+    with phases("forward"):
+        torch.ones(10).sum()
+    assert phases.ms["forward"] > first["forward"] > 0
+    assert phases.ms["backward"] == first["backward"]
+
+
+def test_a_body_that_raises_is_measured_and_raises():
+    phases = Phases()
+    with pytest.raises(KeyError), phases("forward"):
+        raise KeyError
+    assert phases.ms["forward"] > 0
+
+
+@linux
+def test_peak_bytes_are_those_of_the_phase():
+    phases = Phases()
+    with phases("large"):
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+    with phases("small"):
+        torch.ones(1)
+    assert phases.peak_bytes["large"] >= 60 * 2**20
+    assert phases.peak_bytes["small"] < 30 * 2**20
+
+
+def test_a_system_without_proc(monkeypatch, tmp_path):
+    monkeypatch.setattr(profiling, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(profiling, "_CLEAR_REFS", tmp_path / "no folder" / "clear_refs")
+    phases = Phases()
+    with phases("forward"):
+        torch.ones(1)
+    assert phases.peak_bytes == {"forward": None}
+    assert phases.ms["forward"] > 0
