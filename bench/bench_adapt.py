@@ -1,8 +1,8 @@
 """Whole adaptations of SmolLM2-135M, snapshot and restore included: T = 64, K = 10, all parameters.
 
-SGD with momentum 0.9, weight decay 0.01, clip 10. The naive loop is ``bench/naive.py``; "best stock" is the same loop
-with ``torch.optim.SGD(fused=True)`` (foreach in bfloat16, where fused does nothing on the CPU). Peak memory is
-measured in a process of its own for each case.
+SGD with momentum 0.9, weight decay 0.01, clip 10. The naive loop is ``bench/naive.py``; "best
+stock" is the same loop with ``torch.optim.SGD(fused=True)`` (foreach in bfloat16, where fused does
+nothing on the CPU). Peak memory is measured in a process of its own for each case.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def bench_adapt(compare: Callable[..., None], benchmark: Any, dtype: torch.dtype
 
 
 def print_floor(numel: int, dtype: torch.dtype) -> None:
-    """What a step cannot beat: its products at the GEMM rate, the update's bytes at the copy bandwidth."""
+    """What a step cannot beat: products at the GEMM rate, update at the copy bandwidth."""
     src = torch.ones(1 << 26)
     dst = torch.zeros_like(src)
     seconds = []
@@ -86,8 +86,8 @@ def print_floor(numel: int, dtype: torch.dtype) -> None:
     products_ms = 1e3 * 6 * numel * T / gemm_rate(dtype)
     update_ms = 1e3 * 6 * numel * dtype.itemsize / bandwidth
     print(
-        f"floor of a step: products {products_ms:.0f} ms at the rate of a (64, 576) x (576, 1536) product + "
-        f"norm and update {update_ms:.0f} ms at {bandwidth / 1e9:.1f} GB/s"
+        f"floor of a step: products {products_ms:.0f} ms at the rate of a (64, 576) x (576, 1536)"
+        f" product + norm and update {update_ms:.0f} ms at {bandwidth / 1e9:.1f} GB/s"
     )
 
 
@@ -108,6 +108,7 @@ def bench_adapt_memory(benchmark: Any, dtype: torch.dtype) -> None:
     naive = peaks["naive"]
     for case, row in peaks.items():
         print(
-            f"{case:10}{row['peak_bytes'] / 2**20:9.0f} MiB   {row['peak_bytes'] / naive['peak_bytes']:.2f} of "
-            f"naive, {row['peak_bytes'] / naive['stated_bytes']:.2f} of weights + gradients + momentum"
+            f"{case:10}{row['peak_bytes'] / 2**20:9.0f} MiB  "
+            f" {row['peak_bytes'] / naive['peak_bytes']:.2f} of naive,"
+            f" {row['peak_bytes'] / naive['stated_bytes']:.2f} of weights + gradients + momentum"
         )

@@ -1,4 +1,6 @@
-"""Peak resident memory of one adaptation in a fresh process:  python -m bench.peak_memory CASE DTYPE
+"""Peak resident memory of one adaptation in a fresh process.
+
+    python -m bench.peak_memory CASE DTYPE
 
 CASE is "naive" or where ours keeps the weights: "device", "host", "undo". Prints one JSON object.
 """

@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 
 
 class Adaptation:
-    """The result of a session. While it is active, the model has the adapted weights (of its one delta).
+    """The result of a session. While it is active, the model has the adapted weights.
 
-    With several deltas ``generate`` and ``loss`` swap each one's weights in for its own rows; between calls
-    the model has the original weights.
+    With several deltas ``generate`` and ``loss`` swap each one's weights in for its own rows;
+    between calls the model has the original weights.
 
     Attributes:
         model: the model.
         n_deltas: number of deltas D.
-        losses: (D, K) float32 (float64 for a float64 model), loss before each update; NaN after a delta's last step.
+        losses: (D, K) float32 (float64 for a float64 model), loss before each update; NaN after a
+            delta's last step.
         grad_norms: (D, K) likewise, global gradient norm before clipping.
         steps: (D,) steps that each delta took.
-        update_landed: (D,) share of the intended updates that reached the weights the forward reads:
-            Σ⟨W' − W, Δ⟩ / Σ‖Δ‖². Below |Δx|/|y| of about 7e-4, bfloat16 rounding of the activations
-            hides a delta whatever this says.
+        update_landed: (D,) share of the intended updates that reached the weights the forward
+            reads: Σ⟨W' − W, Δ⟩ / Σ‖Δ‖². Below |Δx|/|y| of about 7e-4, bfloat16 rounding of the
+            activations hides a delta whatever this says.
         nbytes: bytes of snapshot and optimizer state.
         prompt: the batch that ``adapt`` trained on, None for a session of the caller's own.
         tokenizer: the trainer's, to pass text to ``generate`` and ``loss``; likewise.
@@ -66,8 +67,9 @@ class Adaptation:
         """Hugging Face ``generate`` with the adapted weights.
 
         Args:
-            input_ids: (N, T) ids, with ``attention_mask`` among the keywords if they are padded; default the
-                adapted prompts, each continued with its own delta. With several deltas, row n is delta n's.
+            input_ids: (N, T) ids, with ``attention_mask`` among the keywords if they are padded;
+                default the adapted prompts, each continued with its own delta. With several deltas,
+                row n is delta n's.
             **kwargs: passed on.
 
         Returns:
@@ -186,9 +188,10 @@ class Adaptation:
                 lines.append(f"{name}0 steps")
                 continue
             lines.append(
-                f"{name}{steps} steps, loss {self.losses[delta, 0]:.4f} -> {self.losses[delta, steps - 1]:.4f} "
-                f"(before the last update), gradient norm {self.grad_norms[delta, 0]:.3g} -> "
-                f"{self.grad_norms[delta, steps - 1]:.3g}, update_landed {self.update_landed[delta]:.4f}"
+                f"{name}{steps} steps, loss {self.losses[delta, 0]:.4f} ->"
+                f" {self.losses[delta, steps - 1]:.4f} (before the last update), gradient norm"
+                f" {self.grad_norms[delta, 0]:.3g} -> {self.grad_norms[delta, steps - 1]:.3g},"
+                f" update_landed {self.update_landed[delta]:.4f}"
             )
         for phase, ms in self.timings.items():
             peak = self.peak_bytes.get(phase)
@@ -205,7 +208,8 @@ class Adaptation:
     def _prompt_rows(self) -> tuple[Tensor, Tensor]:
         if self.prompt is None:
             raise ValueError(
-                "generate: this adaptation came from a session, so there is no prompt to continue; pass input_ids."
+                "generate: this adaptation came from a session, so there is no prompt to continue;"
+                " pass input_ids."
             )
         # Generation continues at the right end, so padding has to be on the left.
         mask = self.prompt.attention_mask
@@ -225,8 +229,9 @@ class Adaptation:
     ) -> Tensor:
         if ids.shape[0] != self.n_deltas:
             raise ValueError(
-                f"generate: got {ids.shape[0]} rows for {self.n_deltas} deltas; row n is continued with delta n. "
-                f"Give one row for each, or use `with adapted.weights_of(delta) as model`."
+                f"generate: got {ids.shape[0]} rows for {self.n_deltas} deltas; row n is continued"
+                " with delta n. Give one row for each, or use `with adapted.weights_of(delta) as"
+                " model`."
             )
         outputs = []
         for delta in range(self.n_deltas):

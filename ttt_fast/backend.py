@@ -72,12 +72,13 @@ def resolve_backend(
         return next(name for name in preference if available[name] == "ok")
     if requested not in BACKENDS:
         raise ValueError(
-            f"{source}={requested!r} is unknown; use one of 'auto', {', '.join(map(repr, BACKENDS))}."
+            f"{source}={requested!r} is unknown; use one of 'auto',"
+            f" {', '.join(map(repr, BACKENDS))}."
         )
     if available[requested] != "ok":
         raise ValueError(
             f"{source}={requested!r} was asked for but {available[requested]}. "
-            f"Or use backend='torch'."
+            "Or use backend='torch'."
         )
     devices = _RUNS_ON.get(requested)
     if devices is not None and device_type not in devices:

@@ -22,11 +22,13 @@ class Batch:
 
     Attributes:
         input_ids: (N, T) int64.
-        labels: (N, T) int64, −100 where there is nothing to predict; default the unmasked input_ids.
+        labels: (N, T) int64, −100 where there is nothing to predict; default the unmasked
+            input_ids.
         attention_mask: (N, T), 0 at padding; default all ones.
         position_ids: (N, T); default counted from the mask.
         token_weights: (N, T) weight of predicting the token at each position.
-        row_weights: (N,) weight of each row in its delta's loss; default the mean over the delta's rows.
+        row_weights: (N,) weight of each row in its delta's loss; default the mean over the delta's
+            rows.
         past_key_values: a cache in front of the rows, for models that take one.
         delta_index: (N,) int64, which delta each row belongs to; default all 0.
     """
@@ -46,15 +48,15 @@ class Batch:
         return self.input_ids.shape[0]
 
     def rows(self, index: Tensor) -> Batch:
-        """The rows whose numbers ``index`` (M,) holds, less the columns that are padding in all of them.
+        """The rows numbered by ``index`` (M,), less the columns that are padding in all of them.
 
         So a prompt on its own is never padded: it adapts to the bit as if it had come alone.
         """
         everything = index.tolist() == list(range(self.n_rows))
         if self.past_key_values is not None and not everything:
             raise ValueError(
-                "Batch: past_key_values belongs to all rows and cannot be divided among deltas; give one "
-                "batch for each delta."
+                "Batch: past_key_values belongs to all rows and cannot be divided among deltas;"
+                " give one batch for each delta."
             )
         tensors = {
             f.name: getattr(self, f.name)
@@ -75,7 +77,8 @@ class Batch:
     def model_inputs(self, model_arguments: frozenset[str]) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
 
-        Position ids are passed where they are not 0, 1, 2, ... so that padding on either side changes nothing.
+        Position ids are passed where they are not 0, 1, 2, ... so that padding on either side
+        changes nothing.
         """
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
         padded = bool((self.attention_mask == 0).any())
@@ -84,7 +87,8 @@ class Batch:
         if self.position_ids is not None and "position_ids" in model_arguments:
             inputs["position_ids"] = self.position_ids
         if self.past_key_values is not None:
-            # The forward appends to the cache that it is given, and the next step wants it as it was.
+            # The forward appends to the cache that it is given, and the next step wants it as it
+            # was.
             inputs["past_key_values"] = copy.deepcopy(self.past_key_values)
         return {name: value for name, value in inputs.items() if name in model_arguments}
 
@@ -117,8 +121,8 @@ def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
 
     Raises:
         TypeError: not a Batch, or ids that are not integers.
-        ValueError: shapes that do not fit, nothing to learn from, ids outside the vocabulary, too long a prompt,
-            deltas that do not exist.
+        ValueError: shapes that do not fit, nothing to learn from, ids outside the vocabulary, too
+            long a prompt, deltas that do not exist.
     """
     if not isinstance(batch, Batch):
         raise TypeError(
@@ -148,7 +152,8 @@ def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
         kept = (weights[:, 1:] * (labels[:, 1:] != IGNORE_INDEX)).sum(1)
         if not bool(torch.isfinite(weights).all()) or bool((kept == 0).any()):
             raise ValueError(
-                "adapt: token_weights must be finite and must not sum to 0 over the predicted tokens of a row."
+                "adapt: token_weights must be finite and must not sum to 0 over the predicted"
+                " tokens of a row."
             )
     delta_index = batch.delta_index
     if delta_index is None:
@@ -156,8 +161,8 @@ def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
     delta_index = _per_row("delta_index", delta_index, N).long()
     if int(delta_index.min()) < 0 or int(delta_index.max()) >= n_deltas:
         raise ValueError(
-            f"step: delta_index has values {int(delta_index.min())} to {int(delta_index.max())} but the session "
-            f"has {n_deltas} deltas; they count from 0."
+            f"step: delta_index has values {int(delta_index.min())} to {int(delta_index.max())} but"
+            f" the session has {n_deltas} deltas; they count from 0."
         )
     row_weights = batch.row_weights
     if row_weights is not None:
@@ -192,7 +197,8 @@ def _integer_ids(input_ids: Tensor) -> Tensor:
         )
     if input_ids.numel() == 0:
         raise ValueError(
-            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two tokens."
+            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two"
+            " tokens."
         )
     # A clone of an inference tensor made outside inference mode is an ordinary tensor.
     return input_ids.clone().long() if input_ids.is_inference() else input_ids.long()
@@ -212,7 +218,8 @@ def _per_row(name: str, tensor: Tensor, n_rows: int) -> Tensor:
     tensor = tensor.clone() if tensor.is_inference() else tensor
     if tensor.shape != (n_rows,):
         raise ValueError(
-            f"adapt: {name} has shape {tuple(tensor.shape)}; it needs one value for each of the {n_rows} rows."
+            f"adapt: {name} has shape {tuple(tensor.shape)}; it needs one value for each of the"
+            f" {n_rows} rows."
         )
     return tensor
 
@@ -222,14 +229,12 @@ def _check_ids(ids: Tensor, model: nn.Module) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"adapt: token ids run from {low} to {high} but the model's vocabulary has {vocabulary} entries "
-            f"(0 to {vocabulary - 1}). Was the prompt tokenised for another model?"
+            f"adapt: token ids run from {low} to {high} but the model's vocabulary has {vocabulary}"
+            f" entries (0 to {vocabulary - 1}). Was the prompt tokenised for another model?"
         )
 
 
-def _check_labels(
-    labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module, n_past: int
-) -> None:
+def _check_labels(labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module, n_past: int) -> None:
     """Every row needs a token to predict, and must fit the model's context."""
     lengths = mask.sum(1)
     context = context_length(model)
@@ -237,26 +242,27 @@ def _check_labels(
         length = int(lengths[row])
         if length < 2:
             raise ValueError(
-                f"adapt: prompt {row} has {length} token{'s' * (length != 1)}, so there is nothing to predict. "
-                f"Give at least two tokens."
+                f"adapt: prompt {row} has {length} token{'s' * (length != 1)}, so there is nothing"
+                " to predict. Give at least two tokens."
             )
         if context is not None and n_past + length > context:
             raise ValueError(
-                f"adapt: prompt {row} has {n_past + length} tokens but the model's context is {context}. Shorten it."
+                f"adapt: prompt {row} has {n_past + length} tokens but the model's context is"
+                f" {context}. Shorten it."
             )
     kept = labels[:, 1:] != IGNORE_INDEX
     masked_out = (~kept.any(1)).nonzero().flatten().tolist()
     if masked_out:
         raise ValueError(
-            f"adapt: labels mask out every token of prompt {masked_out[0]}, so there is nothing to learn from. "
-            f"Pass labels with at least one kept token after the first."
+            f"adapt: labels mask out every token of prompt {masked_out[0]}, so there is nothing to"
+            " learn from. Pass labels with at least one kept token after the first."
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
     if bool(wrong.any()):
         raise ValueError(
-            f"adapt: labels has value {int(labels[wrong][0])}; labels are token ids below {vocabulary}, or "
-            f"{IGNORE_INDEX} to leave a token out."
+            f"adapt: labels has value {int(labels[wrong][0])}; labels are token ids below"
+            f" {vocabulary}, or {IGNORE_INDEX} to leave a token out."
         )
 
 
@@ -286,10 +292,10 @@ def pad_rows(rows: Sequence[Tensor], pad_value: int, side: str = "left") -> tupl
 
 
 def as_prompts(prompt: Any, tokenizer: Any = None) -> tuple[list[Tensor], Mapping[str, Tensor]]:
-    """Turn what a user passes as a prompt into rows of ids, with the fields of a tokenizer's output.
+    """Turn a user's prompt into rows of ids and the other fields of a tokenizer's output.
 
-    Accepts text or a list of texts (with a tokenizer), a tensor (T,) or (N, T), lists of ids, a list of tensors,
-    and the mapping that a tokenizer returns.
+    Accepts text or a list of texts (with a tokenizer), a tensor (T,) or (N, T), lists of ids, a
+    list of tensors, and the mapping that a tokenizer returns.
 
     Returns:
         rows, each (T,) int64, and further fields ("attention_mask", ...) of a mapping.
@@ -310,16 +316,19 @@ def as_prompts(prompt: Any, tokenizer: Any = None) -> tuple[list[Tensor], Mappin
     if isinstance(prompt, Tensor):
         if prompt.dim() not in (1, 2):
             raise ValueError(
-                f"adapt: input_ids has shape {tuple(prompt.shape)}; it must be (tokens,) or (rows, tokens)."
+                f"adapt: input_ids has shape {tuple(prompt.shape)}; it must be (tokens,) or (rows,"
+                " tokens)."
             )
         prompt = list(prompt if prompt.dim() == 2 else prompt[None])
     if not isinstance(prompt, Sequence):
         raise TypeError(
-            f"adapt: got {type(prompt).__name__}; give token ids, a tokenizer's output, or text with a tokenizer."
+            f"adapt: got {type(prompt).__name__}; give token ids, a tokenizer's output, or text"
+            " with a tokenizer."
         )
     if len(prompt) == 0:
         raise ValueError(
-            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two tokens."
+            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two"
+            " tokens."
         )
     if all(isinstance(item, str) for item in prompt):
         if tokenizer is None:
@@ -336,13 +345,14 @@ def as_prompts(prompt: Any, tokenizer: Any = None) -> tuple[list[Tensor], Mappin
             rows[n] = row[0]
         elif row.dim() != 1:
             raise ValueError(
-                f"adapt: prompt {n} has shape {tuple(row.shape)}; each prompt of a list is (tokens,)."
+                f"adapt: prompt {n} has shape {tuple(row.shape)}; each prompt of a list is"
+                " (tokens,)."
             )
     return rows, extra
 
 
 def _field(name: str, value: Any) -> Tensor | None:
-    """A field of a tokenizer's output as a tensor; None for masks of ones that are as ragged as the ids."""
+    """A tokenizer's field as a tensor; None for masks of ones, ragged like the ids."""
     if isinstance(value, Sequence) and len({np.size(row) for row in value}) > 1:
         if name == "attention_mask" and all(np.all(row) for row in value):
             return None

@@ -22,7 +22,8 @@ _CHOICES = {
     "backend": ("auto", *BACKENDS),
 }
 _GROUP_OPTIONS = (
-    "lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "betas", "eps",
+    "lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "betas",
+    "eps",
 )  # fmt: skip
 
 
@@ -44,13 +45,16 @@ class TTTConfig:
         eps: AdamW's epsilon.
         scope: which parameters adapt, see :func:`ttt_fast.select_parameters`.
         layers: which decoder layers, e.g. ``"-4:"`` for the last four; None for all.
-        param_groups: overrides for some parameters: dicts with "params" (a scope) and any of lr, momentum,
-            dampening, nesterov, weight_decay, decoupled_weight_decay, betas, eps. The first match counts.
+        param_groups: overrides for some parameters: dicts with "params" (a scope) and any of lr,
+            momentum, dampening, nesterov, weight_decay, decoupled_weight_decay, betas, eps. The
+            first match counts.
         reduction: a row's loss is the "mean" or the "sum" over its tokens.
         engine: "auto" or "dense".
         accumulate: "weight", or "delta": keep Δ in float32 and set W = round(W₀ + Δ).
-        rounding: "nearest" (one rounding a step), "stochastic" (seeded), or "torch" (bitwise what stock torch does).
-        snapshot: where the original weights are kept: "device", "host", or "undo" (sparse log, 16-bit weights).
+        rounding: "nearest" (one rounding a step), "stochastic" (seeded), or "torch" (bitwise what
+            stock torch does).
+        snapshot: where the original weights are kept: "device", "host", or "undo" (sparse log,
+            16-bit weights).
         seed: of stochastic rounding and of dropout.
         dropout: leave dropout on during steps (the model runs in eval mode otherwise).
         check_every: steps between looks at the losses for non-finite values.
@@ -99,7 +103,8 @@ class TTTConfig:
         _check_options(self)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
-                f"TTTConfig: max_grad_norm={self.max_grad_norm!r}; it must be > 0, or None to not clip."
+                f"TTTConfig: max_grad_norm={self.max_grad_norm!r}; it must be > 0, or None to not"
+                " clip."
             )
         if self.accumulate == "delta" and self.rounding == "torch":
             raise ValueError(
@@ -108,8 +113,8 @@ class TTTConfig:
             )
         if self.accumulate == "delta" and self.snapshot != "device":
             raise ValueError(
-                f"TTTConfig: accumulate='delta' reads the original weights at every step, so they must be "
-                f"on the device; snapshot={self.snapshot!r} is not. Use snapshot='device'."
+                "TTTConfig: accumulate='delta' reads the original weights at every step, so they"
+                f" must be on the device; snapshot={self.snapshot!r} is not. Use snapshot='device'."
             )
         for i, group in enumerate(self.param_groups):
             self._check_group(i, group)
@@ -118,8 +123,8 @@ class TTTConfig:
         unknown = sorted(set(group) - {"params", *_GROUP_OPTIONS})
         if unknown or "params" not in group:
             raise ValueError(
-                f"TTTConfig: param_groups[{i}] has keys {sorted(group)}; it needs 'params' (a scope) and may "
-                f"have {', '.join(_GROUP_OPTIONS)}."
+                f"TTTConfig: param_groups[{i}] has keys {sorted(group)}; it needs 'params' (a"
+                f" scope) and may have {', '.join(_GROUP_OPTIONS)}."
             )
         try:
             self.for_group(group)
@@ -143,8 +148,8 @@ class TTTConfig:
         elif isinstance(self.lr, Sequence):
             if step >= len(self.lr):
                 raise ValueError(
-                    f"TTTConfig: lr has {len(self.lr)} values but step {step + 1} was asked for; give one "
-                    f"for each step."
+                    f"TTTConfig: lr has {len(self.lr)} values but step {step + 1} was asked for;"
+                    " give one for each step."
                 )
             lr = float(self.lr[step])
         else:
@@ -161,7 +166,7 @@ def _check_options(config: TTTConfig) -> None:
         if is_list and len(config.lr) < config.steps:
             raise ValueError(
                 f"TTTConfig: lr has {len(config.lr)} values for {config.steps} steps; give one for "
-                f"each step."
+                "each step."
             )
         for lr in config.lr if is_list else [config.lr]:
             if not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
@@ -174,8 +179,8 @@ def _check_options(config: TTTConfig) -> None:
         raise ValueError(f"TTTConfig: dampening={config.dampening!r}; it must be finite.")
     if config.nesterov and (config.momentum <= 0 or config.dampening != 0):
         raise ValueError(
-            f"TTTConfig: nesterov needs momentum > 0 and dampening = 0; got momentum={config.momentum}, "
-            f"dampening={config.dampening}."
+            "TTTConfig: nesterov needs momentum > 0 and dampening = 0; got"
+            f" momentum={config.momentum}, dampening={config.dampening}."
         )
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"TTTConfig: betas={config.betas!r}; both must be in [0, 1).")

@@ -19,7 +19,8 @@ def negative_log_likelihood(outputs: Any, batch: Batch, reduction: str = "mean")
 
         L_n = Σ_t w_nt · (−log p(labels_nt | tokens before t)) / (Σ_t w_nt  if "mean", 1 if "sum")
 
-    over the t ≥ 1 whose label is kept; w is ``batch.token_weights`` or 1. Logits are taken to float32 at least.
+    over the t ≥ 1 whose label is kept; w is ``batch.token_weights`` or 1. Logits are taken to
+    float32 at least.
 
     Args:
         outputs: what the model returned; ``outputs.logits`` is (N, T, V).
@@ -50,7 +51,7 @@ def negative_log_likelihood(outputs: Any, batch: Batch, reduction: str = "mean")
 
 
 def reduce_rows(row_losses: Tensor, row_weights: Tensor | None) -> Tensor:
-    """One delta's loss: Σ_n row_weights_n · row_losses_n; without weights the mean over its rows."""
+    """One delta's loss: Σ_n row_weights_n · row_losses_n, the rows' mean without weights."""
     if row_weights is None:
         return row_losses.mean()
     return (row_losses * row_weights.to(row_losses.dtype)).sum()

@@ -1,10 +1,12 @@
-"""The ops: schema, fake implementation and public wrapper of each; the only file that says ``torch.ops``.
+"""The ops: schema, fake and public wrapper of each; the only file that says ``torch.ops``.
 
-Every op exists once as ``torch.ops.ttt_fast.<name>``, opaque to ``torch.compile``, and runs the backend that
-:func:`ttt_fast.backend.resolve_backend` names: plain torch (``reference.py``) or the C++ extension (``csrc/``).
+Every op exists once as ``torch.ops.ttt_fast.<name>``, opaque to ``torch.compile``, and runs the
+backend that :func:`ttt_fast.backend.resolve_backend` names: plain torch (``reference.py``) or the
+C++ extension (``csrc/``).
 
-Tensors may be views with an offset, and strided as :class:`ttt_fast.scope.RowSlice` makes them. Lists may mix
-sizes and dtypes. Storage is float32, bfloat16, float16 or float64; arithmetic is float32 (float64 for float64).
+Tensors may be views with an offset, and strided as :class:`ttt_fast.scope.RowSlice` makes them.
+Lists may mix sizes and dtypes. Storage is float32, bfloat16, float16 or float64; arithmetic is
+float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class UndoLog:
     """Sparse, bit-exact log of what updates overwrote in 16-bit weights.
 
-    A changed element costs 6 bytes (32-bit index, 16-bit old value) each time it changes. The weights are divided
-    into runs of 65536; once more than a third of a run has been logged, the run is kept whole (2 bytes an element)
-    and logged no further. Memory is reserved for the worst case but touched only as it is used.
+    A changed element costs 6 bytes (32-bit index, 16-bit old value) each time it changes. The
+    weights are divided into runs of 65536; once more than a third of a run has been logged, the run
+    is kept whole (2 bytes an element) and logged no further. Memory is reserved for the worst case
+    but touched only as it is used.
 
     Args:
         params: the weights, contiguous order of each view; only 16-bit ones are tracked.
@@ -56,8 +59,8 @@ class UndoLog:
             capacity += full * (UNDO_CHUNK // 3) + rest // 3
         if n_chunks * UNDO_CHUNK > 1 << 32:
             raise ValueError(
-                f"UndoLog: {n_chunks * UNDO_CHUNK} elements are more than its 32-bit index can name; "
-                f"use where='device' or 'host'."
+                f"UndoLog: {n_chunks * UNDO_CHUNK} elements are more than its 32-bit index can"
+                " name; use where='device' or 'host'."
             )
         device = params[0].device if params else torch.device("cpu")
         self.tensors: list[Tensor] = [
@@ -74,8 +77,8 @@ class UndoLog:
         """The same log for another list of tensors: the i-th is this log's ``indices[i]``-th.
 
         Args:
-            indices: positions in this log; None for a tensor that is not tracked. One may come twice
-                (a weight that is listed twice).
+            indices: positions in this log; None for a tensor that is not tracked. One may come
+                twice (a weight that is listed twice).
 
         Returns:
             A log that shares ``tensors`` with this one and has its own ``offsets``.
@@ -147,7 +150,7 @@ SCHEMAS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 def _implementation(name: str) -> Callable[..., Any]:
-    """The function behind ``torch.ops.ttt_fast.<name>``: call the backend, bump version counters."""
+    """The function behind ``torch.ops.ttt_fast.<name>``: call the backend, bump versions."""
     argument_names = [
         part.split("=")[0].split()[-1]
         for part in SCHEMAS[name][0].split(",")
@@ -162,7 +165,8 @@ def _implementation(name: str) -> Callable[..., Any]:
             result = getattr(getattr(torch.ops, f"ttt_fast_{backend}"), name)(*args, **kwargs)
         named = dict(zip(argument_names, args, strict=False))
         for argument in mutated:
-            # Raw-memory writes do not show up in autograd's "modified in place" check by themselves.
+            # Raw-memory writes do not show up in autograd's "modified in place" check by
+            # themselves.
             if named[argument] and backend != "torch":
                 torch.autograd.graph.increment_version(named[argument])
         return result
@@ -171,7 +175,7 @@ def _implementation(name: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    """Define every op with its schema and implementation; fakes that return nothing are one line."""
+    """Define every op with its schema, implementation and, if it returns nothing, its fake."""
     for name, (arguments, returned, _) in SCHEMAS.items():
         separator = ", " if "*" in arguments else ", *, "
         _LIBRARY.define(f"{name}({arguments}{separator}str backend) -> {returned}")
@@ -208,7 +212,8 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[
     """``tensors`` must pair up with ``params`` in number, shape and device."""
     if len(tensors) != len(params):
         raise ValueError(
-            f"{op}: got {len(params)} params but {len(tensors)} {name}; give one for each parameter."
+            f"{op}: got {len(params)} params but {len(tensors)} {name}; give one for each"
+            " parameter."
         )
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if tensor.shape != param.shape:
@@ -219,7 +224,7 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[
         if tensor.device != param.device:
             raise ValueError(
                 f"{op}: {name}[{i}] is on {tensor.device} but params[{i}] is on {param.device}; "
-                f"move it there."
+                "move it there."
             )
 
 
@@ -250,19 +255,20 @@ def _check_update(
     """What sgd_ and adamw_ ask of their tensors."""
     if undo is not None and len(undo.offsets) != len(params):
         raise ValueError(
-            f"{op}: the undo log is for {len(undo.offsets)} parameters but got {len(params)} params; "
-            f"pass those it was made for, or undo.select(their positions)."
+            f"{op}: the undo log is for {len(undo.offsets)} parameters but got {len(params)}"
+            " params; pass those it was made for, or undo.select(their positions)."
         )
     for i, param in enumerate(params):
         if param.dtype not in _DTYPES:
             raise ValueError(
-                f"{op}: params[{i}] is {str(param.dtype).removeprefix('torch.')}; supported are float32, "
-                f"bfloat16, float16 and float64. Leave it out of the selection or cast the model."
+                f"{op}: params[{i}] is {str(param.dtype).removeprefix('torch.')}; supported are"
+                " float32, bfloat16, float16 and float64. Leave it out of the selection or cast"
+                " the model."
             )
         if param.device != params[0].device:
             raise ValueError(
                 f"{op}: params[{i}] is on {param.device} but params[0] is on {params[0].device}; "
-                f"call the op once for each device."
+                "call the op once for each device."
             )
     _check_list(op, "grads", grads, params)
     _check_dtypes(op, "grads", grads, params, wide=True)
@@ -278,7 +284,7 @@ def _check_update(
     if rounding == "torch":
         raise ValueError(
             f"{op}: rounding='torch' is torch's own update and keeps no deltas; "
-            f"use rounding='nearest' with deltas."
+            "use rounding='nearest' with deltas."
         )
     _check_list(op, "deltas", deltas, params)
     _check_list(op, "bases", bases, params)
@@ -299,7 +305,7 @@ def _update_backend(params: Sequence[Tensor], rounding: str, backend: str) -> st
     if backend not in ("auto", "torch"):
         raise ValueError(
             f"rounding='torch' runs torch's own operations, backend={backend!r} does not; "
-            f"use backend='auto', or rounding='nearest'."
+            "use backend='auto', or rounding='nearest'."
         )
     return "torch"
 
@@ -345,8 +351,8 @@ def sgd_(
     Args:
         params: n tensors. Mutated.
         grads: n gradients, dtype of their parameter or float32.
-        momentum_buffers: n tensors if ``momentum`` is not 0, dtype of their parameter or float32. Mutated;
-            not read when ``first_step``.
+        momentum_buffers: n tensors if ``momentum`` is not 0, dtype of their parameter or float32.
+            Mutated; not read when ``first_step``.
         lr: step size.
         momentum: momentum factor μ.
         dampening: dampening of momentum, not applied on the first step.
@@ -355,14 +361,15 @@ def sgd_(
         decoupled_weight_decay: decay the weight itself instead of adding to the gradient.
         maximize: ascend.
         first_step: the momentum buffers are to be initialised.
-        grad_norm: 0-dim tensor, norm of the unscaled gradients; needed to clip. With rounding="torch" in 16 bits, to
-            have stock ``clip_grad_norm_`` bit for bit, pass torch's own, which is in the gradients' dtype:
-            ``torch.nn.utils.get_total_norm(grads, foreach=True)``.
+        grad_norm: 0-dim tensor, norm of the unscaled gradients; needed to clip. With
+            rounding="torch" in 16 bits, to have stock ``clip_grad_norm_`` bit for bit, pass torch's
+            own, which is in the gradients' dtype: ``torch.nn.utils.get_total_norm(grads,
+            foreach=True)``.
         max_grad_norm: clip threshold, None for no clipping.
         deltas: n tensors in the compute type, accumulate="delta". Mutated.
         bases: n tensors, the original weights, with ``deltas``.
-        rounding: "nearest" (one rounding a step), "stochastic" (seeded, 16-bit weights), or "torch": torch's own
-            foreach code with a rounding after every operation.
+        rounding: "nearest" (one rounding a step), "stochastic" (seeded, 16-bit weights), or
+            "torch": torch's own foreach code with a rounding after every operation.
         seed: counter of the random bits; give another one at each step.
         grad_scale: 0-dim tensor, GradScaler's scale of the gradients.
         found_inf: 0-dim tensor; where it is not 0 nothing is changed.
@@ -427,7 +434,8 @@ def adamw_(
     Args:
         params: n tensors. Mutated.
         grads: n gradients, dtype of their parameter or float32.
-        exp_avgs: n first moments m, dtype of their parameter or float32; zeros before the first step. Mutated.
+        exp_avgs: n first moments m, dtype of their parameter or float32; zeros before the first
+            step. Mutated.
         exp_avg_sqs: n second moments v, likewise. Mutated.
         lr: step size.
         step_index: t, 1 at the first step.
@@ -477,7 +485,8 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
         backend: "auto", "torch" or "cpp".
 
     Returns:
-        0-dim float32 tensor on their device (float64 when a gradient is float64); 0 for an empty list.
+        0-dim float32 tensor on their device (float64 when a gradient is float64); 0 for an empty
+        list.
     """
     chosen = resolve_backend(_device_type(grads), backend)
     return torch.ops.ttt_fast.grad_norm(list(grads), backend=chosen)
@@ -527,6 +536,6 @@ def undo_restore_(params: Sequence[Tensor], undo: UndoLog, *, backend: str = "au
 
 @torch.no_grad()
 def checksum(tensors: Sequence[Tensor], *, backend: str = "auto") -> int:
-    """Order-sensitive 64-bit checksum of the bits of all tensors (formula: ``reference.checksum``)."""
+    """64-bit checksum of the bits of all tensors in order (formula: ``reference.checksum``)."""
     chosen = resolve_backend(_device_type(tensors), backend)
     return int(torch.ops.ttt_fast.checksum(list(tensors), backend=chosen))

@@ -35,16 +35,18 @@ def _reset_peak_resident() -> bool:
 
 
 class Phases:
-    """Accumulate milliseconds and peak bytes of named phases:  ``with phases("forward"): ...``
+    """Accumulate milliseconds and peak bytes of named phases, ``with phases("forward"): ...``.
 
-    On the CPU time is wall time and memory is the peak of the resident set (Linux only); on CUDA time is between
-    two events on the current stream, read without a synchronisation until asked for, and memory is the allocator's.
+    On the CPU time is wall time and memory is the peak of the resident set (Linux only); on CUDA
+    time is between two events on the current stream, read without a synchronisation until asked
+    for, and memory is the allocator's.
 
     Args:
         device: where the work runs.
 
     Attributes:
-        peak_bytes: phase -> highest bytes above those at construction; None where it cannot be measured.
+        peak_bytes: phase -> highest bytes above those at construction; None where it cannot be
+            measured.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

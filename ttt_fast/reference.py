@@ -1,9 +1,10 @@
 """Every op in plain torch: the specification, the fallback and the oracle of the tests.
 
 Arithmetic is in the compute type C of a tensor: float64 for float64 storage, float32 for float32,
-bfloat16 and float16. Products and sums are rounded one by one (no fused multiply-add), and each stored
-tensor is rounded once, at the end. ``rounding="torch"`` is the exception: it *is* torch's own foreach code,
-which rounds after every operation, for reproducing what stock torch does in bfloat16.
+bfloat16 and float16. Products and sums are rounded one by one (no fused multiply-add), and each
+stored tensor is rounded once, at the end. ``rounding="torch"`` is the exception: it *is* torch's
+own foreach code, which rounds after every operation, for reproducing what stock torch does in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw as _torch_adamw
 from torch.optim.sgd import sgd as _torch_sgd
 
-# An undo log works on runs of this many elements; a run of which more than a third changed is kept whole.
+# An undo log works on runs of this many elements; a run of which more than a third changed is kept
+# whole.
 UNDO_CHUNK = 65536
 
 _MASK32 = 0xFFFFFFFF
@@ -288,8 +290,8 @@ def _torch_sgd_step(
 def _square_root(x: Tensor) -> Tensor:
     """Correctly rounded square root of float32 or float64.
 
-    torch's own on the CPU comes from a vector library and misses the last bit of one value in six in
-    float32, one in eighty in float64; processors and compilers elsewhere round correctly.
+    torch's own on the CPU comes from a vector library and misses the last bit of one value in six
+    in float32, one in eighty in float64; processors and compilers elsewhere round correctly.
     """
     if x.dtype == torch.float32:
         return x.to(torch.float64).sqrt().to(torch.float32)
@@ -427,9 +429,10 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
 
         Σ_t (2t+1) · Σ_i mix(x_i + (i+1)·φ),   mix(z) = (y ^ (y >> 32))·M,  y = z·M   (mod 2⁶⁴)
 
-    with M = 0xD6E8FEB86659FD93; without the first product, one weight a bit up and another a bit down
-    would cancel.
-    x_i: bits of element i (logical order) as a signed integer of the element's size; shifts are logical.
+    with M = 0xD6E8FEB86659FD93; without the first product, one weight a bit up and another a bit
+    down would cancel.
+    x_i: bits of element i (logical order) as a signed integer of the element's size; shifts are
+        logical.
 
     Returns:
         0-dim int64 on the CPU.

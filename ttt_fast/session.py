@@ -5,8 +5,8 @@
         session.step(batch)
     adapted = session.end()
 
-What a step sees is the caller's choice: the same prompt again, other rows, spans or neighbours, text that was just
-scored. Whatever happens inside, the weights come back bit for bit.
+What a step sees is the caller's choice: the same prompt again, other rows, spans or neighbours,
+text that was just scored. Whatever happens inside, the weights come back bit for bit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class StepReport:
 
     Attributes:
         step: number of the step, counted from 1.
-        losses: (D,) loss of each delta before its update; NaN for a delta that had no row in the batch.
+        losses: (D,) loss of each delta before its update; NaN for a delta that had no row in the
+            batch.
         grad_norms: (D,) global gradient norm before clipping, likewise.
     """
 
@@ -62,7 +63,7 @@ class StepReport:
 
 
 class Session:
-    """K steps on one or several deltas. Made by :meth:`TTTTrainer.begin`; also a context manager that aborts."""
+    """Steps on one or several deltas, from :meth:`TTTTrainer.begin`; its ``with`` block aborts."""
 
     @torch.inference_mode(False)
     def __init__(
@@ -122,7 +123,7 @@ class Session:
 
     @torch.inference_mode(False)
     def loss(self, batch: Batch) -> Tensor:
-        """Loss of each delta on a batch as it stands, without a gradient: (D,), NaN where it has no row."""
+        """Loss of each delta on a batch, without a gradient: (D,), NaN where it has no row."""
         self._require_open()
         batch = complete_batch(batch, self.model, self.n_deltas)
         losses = self._nan_per_delta()
@@ -188,8 +189,9 @@ class Session:
                 del outputs
             if not loss.requires_grad:
                 raise ValueError(
-                    f"adapt: the loss does not depend on the selected parameters (scope "
-                    f"{self.config.scope!r}), so there is nothing to learn. Choose another scope or objective."
+                    "adapt: the loss does not depend on the selected parameters (scope"
+                    f" {self.config.scope!r}), so there is nothing to learn. Choose another scope"
+                    " or objective."
                 )
             with self.phases("backward"), held.released():
                 loss.backward()
@@ -204,8 +206,8 @@ class Session:
         if not isinstance(losses, Tensor) or losses.shape != (rows.n_rows,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"adapt: the objective returned {got}; it must return one loss for each of the {rows.n_rows} "
-                f"rows, a tensor of shape ({rows.n_rows},)."
+                f"adapt: the objective returned {got}; it must return one loss for each of the"
+                f" {rows.n_rows} rows, a tensor of shape ({rows.n_rows},)."
             )
         return losses
 
@@ -219,7 +221,7 @@ class Session:
         return (self.config.seed * 1_000_003 + delta) * 1_000_003 + self.steps
 
     def _check(self) -> None:
-        """Look at the losses and norms since the last look; the only place that waits for the device."""
+        """Look at the losses and norms since the last look; only here the device is waited for."""
         for delta, entries in enumerate(self._history):
             for i in range(self._checked[delta], len(entries)):
                 _, loss, norm = entries[i]
@@ -234,8 +236,9 @@ class Session:
             f"a smaller max_grad_norm than {clip:g}"
         )  # fmt: skip
         return DivergedError(
-            f"adapt: step {step}{name} is not finite (loss {loss}, gradient norm {norm}); the original weights "
-            f"have been restored. Try an lr smaller than {self.config.lr_at(step - 1):g}, or {advice}.",
+            f"adapt: step {step}{name} is not finite (loss {loss}, gradient norm {norm}); the"
+            " original weights have been restored. Try an lr smaller than"
+            f" {self.config.lr_at(step - 1):g}, or {advice}.",
             step=step,
             delta=delta,
         )
@@ -298,7 +301,7 @@ def require_free(model: nn.Module) -> None:
     if owner is not None:
         raise RuntimeError(
             f"adapt: the model is held by {owner!r}. Restore or merge that one first "
-            f"(adapted.restore(), or leave its `with` block)."
+            "(adapted.restore(), or leave its `with` block)."
         )
 
 
@@ -318,9 +321,10 @@ def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
 def training(
     model: nn.Module, engine: DenseEngine, dropout_seed: int | None = None
 ) -> Iterator[None]:
-    """The state in which a step runs: eval mode, only selected parameters require gradients, none stored.
+    """The state in which a step runs: eval mode, gradients for the selected parameters only.
 
-    Gradient flags, stored gradients, module modes and the random state are afterwards as they were found.
+    Gradient flags, stored gradients, module modes and the random state are afterwards as they were
+    found.
     """
     found = [(param, param.requires_grad, param.grad) for param in model.parameters()]
     selected = {id(selection.param) for selection in engine.selections}
@@ -356,16 +360,16 @@ def evaluate(
 
 
 class uninterrupted:
-    """Hold Ctrl-C back during the body, so that nothing is left half given back; raise it at the end.
+    """Hold Ctrl-C back during the body and raise it at the end: nothing is left half done.
 
     What may take long runs in ``released()``, where Ctrl-C works at once:
 
         with uninterrupted() as held, evaluating(model), held.released():
             outputs = model(input_ids)
 
-    A context manager of Python can be interrupted before the first line of its exit. Here that exit is
-    the one of ``released()``, which has nothing to give back: all others run while Ctrl-C is held.
-    Only the main thread ever receives Ctrl-C, so elsewhere this does nothing.
+    A context manager of Python can be interrupted before the first line of its exit. Here that exit
+    is the one of ``released()``, which has nothing to give back: all others run while Ctrl-C is
+    held. Only the main thread ever receives Ctrl-C, so elsewhere this does nothing.
     """
 
     def __enter__(self) -> uninterrupted:

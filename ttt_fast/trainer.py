@@ -29,11 +29,13 @@ class TTTTrainer:
         # the weights are bit for bit what they were, also after an exception
 
     Args:
-        model: a Hugging Face causal language model, or a module with its interface. It stays the caller's: class,
-            hooks, modes and gradient flags are as found whenever no step is running.
+        model: a Hugging Face causal language model, or a module with its interface. It stays the
+            caller's: class, hooks, modes and gradient flags are as found whenever no step is
+            running.
         config: settings.
         tokenizer: needed only to pass prompts as text.
-        objective: ``objective(outputs, batch) -> (N,)`` row losses; default the negative log-likelihood of the rows.
+        objective: ``objective(outputs, batch) -> (N,)`` row losses; default the negative
+            log-likelihood of the rows.
 
     Raises:
         ValueError: the scope selects nothing, or weights that cannot be trained.
@@ -56,8 +58,8 @@ class TTTTrainer:
         for selection in self.selections:
             if selection.param.is_inference():
                 raise ValueError(
-                    f"TTTTrainer: {selection.name} is an inference tensor, which can never be trained. Load the "
-                    f"model outside torch.inference_mode()."
+                    f"TTTTrainer: {selection.name} is an inference tensor, which can never be"
+                    " trained. Load the model outside torch.inference_mode()."
                 )
         self._engine: DenseEngine | None = None
 
@@ -92,13 +94,15 @@ class TTTTrainer:
         """Take ``config.steps`` gradient steps on a prompt and return the adapted model.
 
         Args:
-            prompt: ids (T,) or (N, T), lists of ids, a tokenizer's output, or text if there is a tokenizer.
+            prompt: ids (T,) or (N, T), lists of ids, a tokenizer's output, or text if there is a
+                tokenizer.
             labels: (N, T), −100 where there is nothing to predict.
             attention_mask: (N, T), 0 at padding.
             position_ids: (N, T); default counted from the mask.
             token_weights: (N, T) weights of the predicted tokens.
             row_weights: (N,) weights of the rows; default their delta's mean.
-            deltas: with several rows, "independent" (each adapts on its own) or "shared" (all train one delta).
+            deltas: with several rows, "independent" (each adapts on its own) or "shared" (all train
+                one delta).
             on_step: called after every step; waits for the device.
             stop: called after every step; a true answer ends that delta's adaptation.
             progress: show a bar.
@@ -179,18 +183,19 @@ class TTTTrainer:
         """Check everything before anything is touched."""
         if deltas not in (None, "independent", "shared"):
             raise ValueError(
-                f"adapt: deltas={deltas!r} is unknown; use 'independent' (each prompt adapts on its own) or "
-                f"'shared' (all train one delta)."
+                f"adapt: deltas={deltas!r} is unknown; use 'independent' (each prompt adapts on its"
+                " own) or 'shared' (all train one delta)."
             )
         rows, extra = as_prompts(prompt, self.tokenizer)
         if len(rows) > 1 and deltas is None:
             raise ValueError(
-                f"adapt: got {len(rows)} rows; say deltas='independent' (each adapts on its own) or "
-                f"deltas='shared' (all train one delta)."
+                f"adapt: got {len(rows)} rows; say deltas='independent' (each adapts on its own) or"
+                " deltas='shared' (all train one delta)."
             )
         if not rows or any(row.numel() == 0 for row in rows):
             raise ValueError(
-                "adapt: the prompt is empty, so there is nothing to learn from. Give at least two tokens."
+                "adapt: the prompt is empty, so there is nothing to learn from. Give at least two"
+                " tokens."
             )
         # On the right, where causal attention never looks at it from a token.
         ids, padding = pad_rows(rows, pad_value=0, side="right")
@@ -201,8 +206,8 @@ class TTTTrainer:
         for name, tensor in given.items():
             if tensor is not None and ragged:
                 raise ValueError(
-                    f"adapt: {name} cannot go with prompts of different lengths. Pad them and give an "
-                    f"attention_mask, or drop {name}."
+                    f"adapt: {name} cannot go with prompts of different lengths. Pad them and give"
+                    f" an attention_mask, or drop {name}."
                 )
             if isinstance(tensor, Tensor) and tensor.dim() == 1:
                 given[name] = tensor[None]

@@ -27,28 +27,34 @@ TTT_CLONES void adamw_block(const AdamwArgs<double>& args, int64_t n, const doub
 }
 
 // Everything at once, where all tensors have the parameter's dtype and nobody asks for more.
-template <class Storage>
+template <bool kTrace, class Storage>
 TTT_HOST_DEVICE void adamw_fused_loop(const AdamwArgs<float> args, int64_t n,
                                       const Storage* __restrict g, Storage* __restrict w,
-                                      Storage* __restrict m, Storage* __restrict v) {
+                                      Storage* __restrict m, Storage* __restrict v,
+                                      StepTrace* __restrict trace) {
   for (int64_t i = 0; i < n; ++i) {
     const float weight = to_compute(w[i]);
     float average = to_compute(m[i]), square = to_compute(v[i]);
     const float step = adamw_step(args, to_compute(g[i]), weight, average, square);
+    const float target = weight + step;
     m[i] = to_storage<Storage>(average);
     v[i] = to_storage<Storage>(square);
-    w[i] = to_storage<Storage>(weight + step);
+    w[i] = to_storage<Storage>(target);
+    // Rounded once more rather than read back: a struct in a variable keeps GCC from vectorising.
+    if constexpr (kTrace) trace->set(i, weight, to_compute(to_storage<Storage>(target)), step);
   }
 }
 
 TTT_CLONES void adamw_fused(const AdamwArgs<float>& args, int64_t n, const float* g, float* w,
-                            float* m, float* v) {
-  adamw_fused_loop(args, n, g, w, m, v);
+                            float* m, float* v, StepTrace* trace) {
+  if (trace == nullptr) return adamw_fused_loop<false>(args, n, g, w, m, v, trace);
+  adamw_fused_loop<true>(args, n, g, w, m, v, trace);
 }
 
 TTT_CLONES void adamw_fused(const AdamwArgs<float>& args, int64_t n, const Bf16* g, Bf16* w,
-                            Bf16* m, Bf16* v) {
-  adamw_fused_loop(args, n, g, w, m, v);
+                            Bf16* m, Bf16* v, StepTrace* trace) {
+  if (trace == nullptr) return adamw_fused_loop<false>(args, n, g, w, m, v, trace);
+  adamw_fused_loop<true>(args, n, g, w, m, v, trace);
 }
 
 template <class C>
@@ -60,8 +66,9 @@ struct AdamwDirection {
   }
 
   template <class Storage>
-  void fused(int64_t n, const Storage* g, Storage* w, Storage* m, Storage* v) const {
-    adamw_fused(args, n, g, w, m, v);
+  void fused(int64_t n, const Storage* g, Storage* w, Storage* m, Storage* v,
+             StepTrace* trace) const {
+    adamw_fused(args, n, g, w, m, v, trace);
   }
 };
 

@@ -24,27 +24,35 @@ TTT_CLONES void sgd_block(const SgdArgs<double>& args, int64_t n, const double* 
   sgd_loop(args, n, g, w, m, step);
 }
 
-// Everything at once, where all tensors have the parameter's dtype and nobody asks for more.
-template <class Storage>
+// Everything at once, where all tensors have the parameter's dtype; `trace` as update.h asks for
+// it.
+template <bool kTrace, class Storage>
 TTT_HOST_DEVICE void sgd_fused_loop(const SgdArgs<float> args, int64_t n,
                                     const Storage* __restrict g, Storage* __restrict w,
-                                    Storage* __restrict m) {
+                                    Storage* __restrict m, StepTrace* __restrict trace) {
   for (int64_t i = 0; i < n; ++i) {
     const float weight = to_compute(w[i]);
     float buffer = to_compute(m[i]);
     const float step = sgd_step(args, to_compute(g[i]), weight, buffer);
+    const float target = weight + step;
     m[i] = to_storage<Storage>(buffer);
-    w[i] = to_storage<Storage>(weight + step);
+    w[i] = to_storage<Storage>(target);
+    // Rounded once more rather than read back: a struct in a variable keeps GCC from vectorising.
+    if constexpr (kTrace) trace->set(i, weight, to_compute(to_storage<Storage>(target)), step);
   }
 }
 
-TTT_CLONES void sgd_fused(const SgdArgs<float>& args, int64_t n, const float* g, float* w,
-                          float* m) {
-  sgd_fused_loop(args, n, g, w, m);
+// target_clones does not take templates, hence one function for each type.
+TTT_CLONES void sgd_fused(const SgdArgs<float>& args, int64_t n, const float* g, float* w, float* m,
+                          StepTrace* trace) {
+  if (trace == nullptr) return sgd_fused_loop<false>(args, n, g, w, m, trace);
+  sgd_fused_loop<true>(args, n, g, w, m, trace);
 }
 
-TTT_CLONES void sgd_fused(const SgdArgs<float>& args, int64_t n, const Bf16* g, Bf16* w, Bf16* m) {
-  sgd_fused_loop(args, n, g, w, m);
+TTT_CLONES void sgd_fused(const SgdArgs<float>& args, int64_t n, const Bf16* g, Bf16* w, Bf16* m,
+                          StepTrace* trace) {
+  if (trace == nullptr) return sgd_fused_loop<false>(args, n, g, w, m, trace);
+  sgd_fused_loop<true>(args, n, g, w, m, trace);
 }
 
 template <class C>
@@ -56,8 +64,9 @@ struct SgdDirection {
   }
 
   template <class Storage>
-  void fused(int64_t n, const Storage* g, Storage* w, Storage* m, Storage*) const {
-    sgd_fused(args, n, g, w, m);
+  void fused(int64_t n, const Storage* g, Storage* w, Storage* m, Storage*,
+             StepTrace* trace) const {
+    sgd_fused(args, n, g, w, m, trace);
   }
 };
 

@@ -17,9 +17,21 @@ void add_landed(const float* before, const float* after, const float* step, int6
 void add_landed(const double* before, const double* after, const double* step, int64_t n,
                 double* landed);
 
+// What update_landed needs of a block, in the L1 cache.
+struct StepTrace {
+  alignas(64) float before[kBlock], after[kBlock], step[kBlock];
+
+  TTT_HOST_DEVICE void set(int64_t i, float weight, float written, float intended) {
+    before[i] = weight;
+    after[i] = written;
+    step[i] = intended;
+  }
+};
+
 // Scratch of one thread.
 template <class C>
 struct UpdateBlocks {
+  StepTrace trace;
   Block<C> param, grad, delta, base, state[2], after;
   alignas(64) C step[kBlock] = {}, weight[kBlock] = {}, target[kBlock];
   alignas(64) C no_state[2][kBlock] = {};
@@ -44,11 +56,10 @@ TTT_HOST_DEVICE Storage to_storage(float x) {
 
 // Can the chunk go through Direction::fused? The general way costs bfloat16 twice the time, in
 // passes over the L1 cache, and float32 little. What it computes is the same.
-inline bool is_fusible(const UpdateCall& call, int64_t t, const double* landed,
-                       const UndoRecorder& undo) {
+inline bool is_fusible(const UpdateCall& call, int64_t t, const UndoRecorder& undo) {
   const View& param = call.params[t];
   if (param.dtype != Dtype::F32 && param.dtype != Dtype::BF16) return false;
-  if (!call.deltas.empty() || landed != nullptr || undo.active() || call.stochastic) return false;
+  if (!call.deltas.empty() || undo.active() || call.stochastic) return false;
   const auto alike = [&](const View& view) {
     return view.dtype == param.dtype && view.n_outer == 0;
   };
@@ -59,7 +70,7 @@ inline bool is_fusible(const UpdateCall& call, int64_t t, const double* landed,
 
 template <class Storage, class Direction>
 void update_chunk_fused(const UpdateCall& call, const Chunk& chunk, const Direction& direction,
-                        UpdateBlocks<float>& blocks) {
+                        UpdateBlocks<float>& blocks, double* landed) {
   const int64_t t = chunk.tensor;
   for (int64_t at = chunk.begin; at < chunk.begin + chunk.length; at += kBlock) {
     const int64_t n = std::min(kBlock, chunk.begin + chunk.length - at);
@@ -70,7 +81,9 @@ void update_chunk_fused(const UpdateCall& call, const Chunk& chunk, const Direct
       return call.states[k].empty() ? reinterpret_cast<Storage*>(blocks.no_state[k])
                                     : data(call.states[k][t]);
     };
-    direction.fused(n, data(call.grads[t]), data(call.params[t]), state(0), state(1));
+    StepTrace* trace = landed == nullptr ? nullptr : &blocks.trace;
+    direction.fused(n, data(call.grads[t]), data(call.params[t]), state(0), state(1), trace);
+    if (trace != nullptr) add_landed(trace->before, trace->after, trace->step, n, landed);
   }
 }
 
@@ -81,9 +94,10 @@ void update_chunk(const UpdateCall& call, const Chunk& chunk, const Direction& d
   const int64_t t = chunk.tensor;
   const View& param = call.params[t];
   if constexpr (sizeof(C) == sizeof(float)) {
-    if (is_fusible(call, t, landed, undo)) {
-      return param.dtype == Dtype::F32 ? update_chunk_fused<float>(call, chunk, direction, blocks)
-                                       : update_chunk_fused<Bf16>(call, chunk, direction, blocks);
+    if (is_fusible(call, t, undo)) {
+      return param.dtype == Dtype::F32
+                 ? update_chunk_fused<float>(call, chunk, direction, blocks, landed)
+                 : update_chunk_fused<Bf16>(call, chunk, direction, blocks, landed);
     }
   }
   const bool accumulate = !call.deltas.empty();

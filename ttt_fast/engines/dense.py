@@ -1,8 +1,8 @@
 """The dense engine: weights change in place, a snapshot brings them back.
 
-A step is one forward and backward, the global gradient norm, and one fused pass over the selected parameters
-(clip, decay, momentum, round, write). The weights can hold one delta at a time; with several, the others wait in
-copies and are swapped in.
+A step is one forward and backward, the global gradient norm, and one fused pass over the selected
+parameters (clip, decay, momentum, round, write). The weights can hold one delta at a time; with
+several, the others wait in copies and are swapped in.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ class _DeltaState:
 
     Attributes:
         state: optimizer tensors by name, each a list with an entry for every selection.
-        step_counts: steps that each selection has taken: a parameter that got no gradient sits a step out.
+        step_counts: steps that each selection has taken: a parameter that got no gradient sits a
+            step out.
         deltas: float32 Δ of each selection (accumulate="delta").
-        weights: the adapted weights while another delta is in the model; None before it was ever swapped out.
+        weights: the adapted weights while another delta is in the model; None before it was ever
+            swapped out.
         landed: (2,) float64, [Σ⟨W' − W, Δ⟩, Σ‖Δ‖²].
         steps: steps taken.
     """
@@ -44,7 +46,7 @@ class _DeltaState:
 
 
 class DenseEngine:
-    """Trains deltas in the model's own weights. Buffers are allocated once and reused from prompt to prompt.
+    """Trains deltas in the model's own weights. Buffers live from prompt to prompt.
 
     Args:
         model: the user's model.
@@ -78,7 +80,7 @@ class DenseEngine:
         if n_deltas > 1 and self.config.snapshot == "undo":
             raise ValueError(
                 f"snapshot='undo' logs the updates of one delta; the session has {n_deltas}. "
-                f"Use snapshot='device' or 'host'."
+                "Use snapshot='device' or 'host'."
             )
         if self.snapshot is None:
             self.snapshot = Snapshot(
@@ -187,8 +189,9 @@ class DenseEngine:
         for i in range(len(members)):
             if i not in chosen:
                 raise ValueError(
-                    f"TTTConfig: param_groups[{i}] with params={self.config.param_groups[i]['params']!r} has "
-                    f"no parameter of scope {self.config.scope!r} left to act on. Widen the scope or drop it."
+                    f"TTTConfig: param_groups[{i}] with"
+                    f" params={self.config.param_groups[i]['params']!r} has no parameter of scope"
+                    f" {self.config.scope!r} left to act on. Widen the scope or drop it."
                 )
         return chosen
 
@@ -202,7 +205,9 @@ class DenseEngine:
             state.spare_weights = state.weights or state.spare_weights
             state.weights, state.steps = None, 0
             state.step_counts = [0] * len(self.views)
-            for tensors in (*state.state.values(), state.deltas, [state.landed]):
+            # Momentum is not read on the first step, so its buffers may keep what they hold.
+            moments = state.state.values() if self.config.optimizer == "adamw" else ()
+            for tensors in (*moments, state.deltas, [state.landed]):
                 for tensor in tensors:
                     tensor.zero_()
             return state
@@ -212,9 +217,11 @@ class DenseEngine:
         return _DeltaState(
             state={name: [self._new_state_tensor(v) for v in self.views] for name in names},
             step_counts=[0] * len(self.views),
-            deltas=[torch.zeros_like(v, dtype=compute_dtype(v.dtype)) for v in self.views]
-            if self.config.accumulate == "delta"
-            else [],
+            deltas=(
+                [torch.zeros_like(v, dtype=compute_dtype(v.dtype)) for v in self.views]
+                if self.config.accumulate == "delta"
+                else []
+            ),
             landed=torch.zeros(2, dtype=torch.float64, device=self.views[0].device),
         )
 
@@ -222,7 +229,8 @@ class DenseEngine:
         # AdamW's second moment does not move in 16 bits: 0.999 v + 0.001 g² rounds back to v.
         wide = self.config.optimizer == "adamw" and self.config.rounding != "torch"
         dtype = compute_dtype(view.dtype) if wide else view.dtype
-        return torch.zeros(view.shape, dtype=dtype, device=view.device)
+        new = torch.zeros if self.config.optimizer == "adamw" else torch.empty
+        return new(view.shape, dtype=dtype, device=view.device)
 
     def _uses_momentum(self) -> bool:
         return any(self._group_config(g).momentum > 0 for g in set(self._groups))
