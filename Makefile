@@ -46,7 +46,7 @@ build: $(VENV)/.stamp-torch  ## compile the C++ extension again
 	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
 
 bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baselines in one run
-	$(PY) -m pytest bench --benchmark-enable -o python_files='bench_*.py'
+	$(PY) -m pytest bench -s --benchmark-enable --benchmark-columns=median,iqr,rounds -o python_files='bench_*.py' -o python_functions='bench_*'
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png
