@@ -46,10 +46,11 @@ build: $(VENV)/.stamp-torch  ## compile the C++ extension again
 	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
 
 bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baselines in one run
-	$(PY) -m pytest bench -s --benchmark-enable --benchmark-columns=median,iqr,rounds -o python_files='bench_*.py' -o python_functions='bench_*'
+	$(PY) -m pytest bench -s --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=benchmark.json -o python_files='bench_*.py' -o python_functions='bench_*'
+	$(PY) -m bench.report benchmark.json
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png
+	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png benchmark.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
