@@ -66,7 +66,7 @@ def bench_adapt(compare: Callable[..., None], benchmark: Any, dtype: torch.dtype
 
     sides = {"naive": (naive, 0), "best stock": (lambda: naive(**best), 0), "ours": (ours, 0)}
     name = str(dtype).removeprefix("torch.")
-    compare(f"adapt, T = {T}, K = {K}, {name}", sides, baseline="naive", rounds=3)
+    compare(f"adapt, T = {T}, K = {K}, {name}", sides, baseline="naive", rounds=5)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(losses["ours"], losses["naive"], atol=tolerance, rtol=0)
     if not benchmark.disabled:
