@@ -12,7 +12,7 @@ namespace ttt_fast {
 
 using Views = std::vector<View>;
 
-// The state of ttt_fast.ops.UndoLog, in its order. offsets == nullptr: no log.
+// The state of ttt_fast.undo.UndoLog, in its order. offsets == nullptr: no log.
 struct UndoState {
   uint32_t* index = nullptr;
   uint16_t* value = nullptr;

@@ -2,10 +2,13 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.update_cases import adamw_step, backend_params, make_case, sgd_step
 from ttt_fast import ops
-from ttt_fast.ops import SCHEMAS, UndoLog
+from ttt_fast.ops import SCHEMAS
+from ttt_fast.undo import UndoLog
 
 backends = pytest.mark.parametrize("backend", backend_params())
 needs_cpp = pytest.mark.parametrize("backend", backend_params()[1:])
@@ -119,3 +122,20 @@ def test_unknown_arguments_of_schema_do_not_hide():
         for argument in mutated:
             assert f" {argument}" in f" {arguments}", (name, argument)
             assert f"!)[] {argument}" in arguments, (name, argument)
+
+
+def test_the_norm_of_several_devices_is_one_on_the_first():
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.ttt_fast.grad_norm.default:
+                calls.append([grad.device.type for grad in args[0]])
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Count():
+        grads = [torch.ones(3, device=device) for device in ("cuda", "cpu", "cuda")]
+        norm = ops.grad_norm(grads)
+    assert calls == [["cuda", "cuda"], ["cpu"]]
+    assert norm.device.type == "cuda"
+    assert norm.shape == ()

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.families import tiny_model
-from ttt_fast import optim
 from ttt_fast.optim import FusedAdamW, FusedSGD, check_trainer
 from ttt_fast.scope import RowSlice, Selection
 from ttt_fast.snapshot import Snapshot
@@ -296,16 +295,6 @@ def test_norm_of_no_gradient_is_zero():
     optimizer.step()
     assert optimizer.last_grad_norm == 0
     assert_bitwise(params, make_params())
-
-
-def test_norms_of_several_devices_are_combined():
-    cpu, meta = torch.ones(2), torch.ones(3, device="meta")
-    assert [[t.device.type for t in ts] for ts in optim._by_device([cpu, meta, cpu])] == [
-        ["cpu", "cpu"],
-        ["meta"],
-    ]
-    assert optim._combine([torch.tensor(3.0), torch.tensor(4.0)]) == 5.0
-    assert optim._combine([torch.tensor(3.0)]) == 3.0
 
 
 # ---------------------------------------------------------------------------- torch's manners

@@ -97,8 +97,7 @@ class Adaptation:
         if batch is None:
             raise ValueError("loss: this adaptation has no prompt of its own; pass input_ids.")
         losses = torch.full((self.n_deltas,), torch.nan, dtype=self.losses.dtype)
-        for delta in batch.delta_index.unique().tolist():
-            rows = batch.rows((batch.delta_index == delta).nonzero().flatten())
+        for delta, rows in batch.by_delta():
             with self.weights_of(delta):
                 losses[delta] = evaluate(self.model, rows, self._objective, self._arguments)
         return losses

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,19 @@ class Batch:
             }
         return replace(self, **tensors)
 
+    @torch.inference_mode(False)
+    def by_delta(self) -> list[tuple[int, Batch]]:
+        """Each delta that has rows, with its rows. Of a complete batch only."""
+        return [
+            (delta, self.rows((self.delta_index == delta).nonzero().flatten()))
+            for delta in self.delta_index.unique().tolist()
+        ]
+
+    @cached_property
+    def _padded(self) -> bool:
+        # Looked at once: it waits for the device, and the same rows may be stepped on many times.
+        return bool((self.attention_mask == 0).any())
+
     def model_inputs(self, model_arguments: frozenset[str]) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
 
@@ -81,8 +95,7 @@ class Batch:
         changes nothing.
         """
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
-        padded = bool((self.attention_mask == 0).any())
-        if padded:
+        if self._padded:
             inputs["attention_mask"] = self._whole_mask()
         if self.position_ids is not None and "position_ids" in model_arguments:
             inputs["position_ids"] = self.position_ids
@@ -116,6 +129,7 @@ def forward_arguments(model: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
+@torch.inference_mode(False)
 def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
     """Check a batch against the model and fill in what was left out.
 
@@ -146,37 +160,14 @@ def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
         position_ids = _like_ids("position_ids", position_ids, ids)
     elif bool((mask == 0).any()):
         position_ids = (mask.cumsum(1) - 1).clamp_(min=0) + past_length(batch)
-    weights = batch.token_weights
-    if weights is not None:
-        weights = _like_ids("token_weights", weights, ids)
-        kept = (weights[:, 1:] * (labels[:, 1:] != IGNORE_INDEX)).sum(1)
-        if not bool(torch.isfinite(weights).all()) or bool((kept == 0).any()):
-            raise ValueError(
-                "adapt: token_weights must be finite and must not sum to 0 over the predicted"
-                " tokens of a row."
-            )
-    delta_index = batch.delta_index
-    if delta_index is None:
-        delta_index = torch.zeros(N, dtype=torch.int64)
-    delta_index = _per_row("delta_index", delta_index, N).long()
-    if int(delta_index.min()) < 0 or int(delta_index.max()) >= n_deltas:
-        raise ValueError(
-            f"step: delta_index has values {int(delta_index.min())} to {int(delta_index.max())} but"
-            f" the session has {n_deltas} deltas; they count from 0."
-        )
-    row_weights = batch.row_weights
-    if row_weights is not None:
-        row_weights = _per_row("row_weights", row_weights, N)
-        if not bool(torch.isfinite(row_weights).all()):
-            raise ValueError("adapt: row_weights must be finite.")
     tensors = {
         "input_ids": ids,
         "labels": labels,
         "attention_mask": mask,
         "position_ids": position_ids,
-        "token_weights": weights,
-        "row_weights": row_weights,
-        "delta_index": delta_index,
+        "token_weights": _token_weights(batch, ids, labels),
+        "row_weights": _row_weights(batch, N),
+        "delta_index": _delta_index(batch, N, n_deltas),
     }
     return Batch(
         past_key_values=batch.past_key_values,
@@ -222,6 +213,40 @@ def _per_row(name: str, tensor: Tensor, n_rows: int) -> Tensor:
             f" {n_rows} rows."
         )
     return tensor
+
+
+def _delta_index(batch: Batch, n_rows: int, n_deltas: int) -> Tensor:
+    if batch.delta_index is None:
+        return torch.zeros(n_rows, dtype=torch.int64)
+    index = _per_row("delta_index", batch.delta_index, n_rows).long()
+    if int(index.min()) < 0 or int(index.max()) >= n_deltas:
+        raise ValueError(
+            f"step: delta_index has values {int(index.min())} to {int(index.max())} but the session"
+            f" has {n_deltas} deltas; they count from 0."
+        )
+    return index
+
+
+def _row_weights(batch: Batch, n_rows: int) -> Tensor | None:
+    if batch.row_weights is None:
+        return None
+    weights = _per_row("row_weights", batch.row_weights, n_rows)
+    if not bool(torch.isfinite(weights).all()):
+        raise ValueError("adapt: row_weights must be finite.")
+    return weights
+
+
+def _token_weights(batch: Batch, ids: Tensor, labels: Tensor) -> Tensor | None:
+    if batch.token_weights is None:
+        return None
+    weights = _like_ids("token_weights", batch.token_weights, ids)
+    kept = (weights[:, 1:] * (labels[:, 1:] != IGNORE_INDEX)).sum(1)
+    if not bool(torch.isfinite(weights).all()) or bool((kept == 0).any()):
+        raise ValueError(
+            "adapt: token_weights must be finite and must not sum to 0 over the predicted tokens of"
+            " a row."
+        )
+    return weights
 
 
 def _check_ids(ids: Tensor, model: nn.Module) -> None:

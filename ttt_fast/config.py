@@ -137,6 +137,10 @@ class TTTConfig:
         overrides = {name: value for name, value in group.items() if name != "params"}
         return replace(self, param_groups=(), **overrides)
 
+    def random_stream(self, delta: int, step: int) -> int:
+        """Seed of what is random in one step of one delta, below 2⁶³."""
+        return ((self.seed * 1_000_003 + delta) * 1_000_003 + step) & ((1 << 63) - 1)
+
     def lr_at(self, step: int) -> float:
         """Step size at a step, counted from 0.
 

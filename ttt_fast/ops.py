@@ -11,7 +11,6 @@ float32 (float64 for float64).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,95 +19,13 @@ from torch import Tensor
 
 from ttt_fast import reference
 from ttt_fast.backend import resolve_backend
-from ttt_fast.reference import UNDO_CHUNK, compute_dtype
+from ttt_fast.reference import compute_dtype
+from ttt_fast.undo import UndoLog
 
 __all__ = ["UndoLog", "adamw_", "checksum", "copy_", "grad_norm", "sgd_", "undo_restore_"]
 
 ROUNDINGS = ("nearest", "stochastic", "torch")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class UndoLog:
-    """Sparse, bit-exact log of what updates overwrote in 16-bit weights.
-
-    A changed element costs 6 bytes (32-bit index, 16-bit old value) each time it changes. The
-    weights are divided into runs of 65536; once more than a third of a run has been logged, the run
-    is kept whole (2 bytes an element) and logged no further. Memory is reserved for the worst case
-    but touched only as it is used.
-
-    Args:
-        params: the weights, contiguous order of each view; only 16-bit ones are tracked.
-
-    Attributes:
-        offsets: element offset of each parameter in the log, -1 where it is not tracked.
-        tensors: [index, value, cursor, counts, paged, pages], the state that the ops write.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.offsets: list[int] = []
-        run_lengths: list[int] = []
-        capacity = n_chunks = 0
-        for param in params:
-            if param.element_size() != 2:
-                self.offsets.append(-1)
-                continue
-            self.offsets.append(n_chunks * UNDO_CHUNK)
-            full, rest = divmod(param.numel(), UNDO_CHUNK)
-            run_lengths += [UNDO_CHUNK] * full + [rest] * (rest > 0)
-            n_chunks += full + (rest > 0)
-            capacity += full * (UNDO_CHUNK // 3) + rest // 3
-        if n_chunks * UNDO_CHUNK > 1 << 32:
-            raise ValueError(
-                f"UndoLog: {n_chunks * UNDO_CHUNK} elements are more than its 32-bit index can"
-                " name; use where='device' or 'host'."
-            )
-        device = params[0].device if params else torch.device("cpu")
-        self.tensors: list[Tensor] = [
-            torch.empty(capacity, dtype=torch.int32, device=device),
-            torch.empty(capacity, dtype=torch.int16, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            torch.zeros(n_chunks, dtype=torch.int32, device=device),
-            torch.zeros(n_chunks, dtype=torch.uint8, device=device),
-            torch.empty(n_chunks * UNDO_CHUNK, dtype=torch.int16, device=device),
-        ]
-        self._run_lengths = torch.tensor(run_lengths, dtype=torch.int64)
-
-    def select(self, indices: Sequence[int | None]) -> UndoLog:
-        """The same log for another list of tensors: the i-th is this log's ``indices[i]``-th.
-
-        Args:
-            indices: positions in this log; None for a tensor that is not tracked. One may come
-                twice (a weight that is listed twice).
-
-        Returns:
-            A log that shares ``tensors`` with this one and has its own ``offsets``.
-        """
-        log = copy.copy(self)
-        log.offsets = [-1 if i is None else self.offsets[i] for i in indices]
-        return log
-
-    def reset(self) -> None:
-        """Forget everything that was logged."""
-        for tensor in self.tensors[2:5]:
-            tensor.zero_()
-
-    @property
-    def entries(self) -> int:
-        """Logged elements."""
-        return int(self.tensors[2])
-
-    @property
-    def paged_chunks(self) -> int:
-        """Runs that are kept whole."""
-        return int(self.tensors[4].sum())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in use: entries, whole runs and the tables."""
-        _, _, cursor, counts, paged, _ = self.tensors
-        tables = cursor.nbytes + counts.nbytes + paged.nbytes
-        whole = int((paged.cpu() * self._run_lengths).sum())
-        return 6 * self.entries + 2 * whole + tables
 
 
 # ---------------------------------------------------------------------------- registration
@@ -481,15 +398,24 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     """Global norm of a list of gradients: sqrt(Σ g²), in an order that does not depend on threads.
 
     Args:
-        grads: n tensors of any floating dtype, on one device.
+        grads: n tensors of any floating dtype; on several devices, their norms are combined on the
+            first one's.
         backend: "auto", "torch" or "cpp".
 
     Returns:
         0-dim float32 tensor on their device (float64 when a gradient is float64); 0 for an empty
         list.
     """
-    chosen = resolve_backend(_device_type(grads), backend)
-    return torch.ops.ttt_fast.grad_norm(list(grads), backend=chosen)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad)
+    norms = [
+        torch.ops.ttt_fast.grad_norm(local, backend=resolve_backend(device.type, backend))
+        for device, local in (by_device or {torch.device("cpu"): []}).items()
+    ]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 @torch.no_grad()

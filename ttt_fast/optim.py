@@ -209,7 +209,7 @@ class FusedOptimizer(Optimizer):
         grads += [member.grad for member in own if member.param not in counted]
         if self.rounding == "torch" and grad_scale is None:
             return torch.nn.utils.get_total_norm(grads)
-        norm = _combine([ops.grad_norm(local, backend=self.backend) for local in _by_device(grads)])
+        norm = ops.grad_norm(grads, backend=self.backend)
         return norm if grad_scale is None else norm / grad_scale.to(norm.device)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -570,22 +570,6 @@ def _obstacle(param: Tensor) -> str | None:
     return None
 
 
-def _combine(norms: Sequence[Tensor]) -> Tensor:
-    """Norm of a list of norms, on the device of the first."""
-    if len(norms) == 1:
-        return norms[0]
-    if not norms:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-
-
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
     """What tells two views apart."""
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _by_device(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    groups: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.device, []).append(tensor)
-    return list(groups.values())

@@ -374,7 +374,7 @@ def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor]) -> None:
 
 
 def undo_record_(undo: Sequence[Tensor], before: Tensor, after: Tensor, offset: int) -> None:
-    """Log the old bits of every element that changed. See :class:`ttt_fast.ops.UndoLog`."""
+    """Log the old bits of every element that changed. See :class:`ttt_fast.undo.UndoLog`."""
     index, value, cursor, counts, paged, pages = undo
     old = before.contiguous().view(torch.int16).flatten()
     new = after.contiguous().view(torch.int16).flatten()

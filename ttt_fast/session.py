@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,13 +106,20 @@ class Session:
             ValueError: the batch does not fit; the session goes on.
         """
         self._require_open()
-        batch = complete_batch(batch, self.model, self.n_deltas)
+        return self.step_parts(complete_batch(batch, self.model, self.n_deltas).by_delta())
+
+    @torch.inference_mode(False)
+    def step_parts(self, parts: Sequence[tuple[int, Batch]]) -> StepReport:
+        """:meth:`step` on the parts of a complete batch, for the same one many times.
+
+        Checking a batch and dividing it by delta waits for the device; this does not.
+        """
+        self._require_open()
         losses = self._nan_per_delta()
         norms = self._nan_per_delta()
         with self._unharmed():
             self.steps += 1
-            for delta in batch.delta_index.unique().tolist():
-                rows = batch.rows((batch.delta_index == delta).nonzero().flatten())
+            for delta, rows in parts:
                 self.engine.make_resident(delta)
                 loss, norm = self._step_delta(rows, delta)
                 self._history[delta].append((self.steps, loss, norm))
@@ -128,8 +135,7 @@ class Session:
         batch = complete_batch(batch, self.model, self.n_deltas)
         losses = self._nan_per_delta()
         with self._unharmed():
-            for delta in batch.delta_index.unique().tolist():
-                rows = batch.rows((batch.delta_index == delta).nonzero().flatten())
+            for delta, rows in batch.by_delta():
                 self.engine.make_resident(delta)
                 losses[delta] = evaluate(self.model, rows, self.objective, self._arguments)
         return losses
@@ -218,7 +224,7 @@ class Session:
     def _dropout_seed(self, delta: int) -> int | None:
         if not self.config.dropout:
             return None
-        return (self.config.seed * 1_000_003 + delta) * 1_000_003 + self.steps
+        return self.config.random_stream(delta, self.steps)
 
     def _check(self) -> None:
         """Look at the losses and norms since the last look; only here the device is waited for."""
@@ -341,7 +347,7 @@ def training(
             torch.random.fork_rng(devices, enabled=dropout_seed is not None),
         ):
             if dropout_seed is not None:
-                torch.manual_seed(dropout_seed & ((1 << 63) - 1))
+                torch.manual_seed(dropout_seed)
             yield
     finally:
         for param, requires_grad, grad in found:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ttt_fast import ops
-from ttt_fast.ops import UndoLog
+from ttt_fast.undo import UndoLog
 
 __all__ = ["Snapshot"]
 
@@ -32,7 +32,7 @@ class Snapshot:
 
     "device" keeps a copy beside the weights, "host" a copy in CPU memory (pinned where there is a
     GPU). "undo" copies no 16-bit weights: the updates log the bits that they overwrite
-    (:class:`ttt_fast.ops.UndoLog`), far less than a copy while steps are small. Runs of weights
+    (:class:`ttt_fast.undo.UndoLog`), far less than a copy while steps are small. Runs of weights
     for which a copy is smaller, weights of other types and views that overlap are kept whole;
     :meth:`describe` says how many. Weights that are listed twice (tied) are kept once.
 

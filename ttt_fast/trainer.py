@@ -117,22 +117,20 @@ class TTTTrainer:
         batch = self._batch(
             prompt, labels, attention_mask, position_ids, token_weights, row_weights, deltas
         )
-        N = batch.n_rows
-        n_deltas = N if deltas == "independent" else 1
-        order = [torch.tensor([row]) for row in range(N)] if n_deltas > 1 else [torch.arange(N)]
+        parts = batch.by_delta()
         require_free(self.model)
         try:
             with (
-                self.begin(n_deltas) as session,
+                self.begin(len(parts)) as session,
                 tqdm(
-                    total=len(order) * self.config.steps,
+                    total=len(parts) * self.config.steps,
                     disable=not progress,
                     unit="step",
                     leave=False,
                 ) as bar,
             ):
-                for index in order:
-                    self._adapt_rows(session, batch.rows(index), on_step, stop, bar)
+                for part in parts:
+                    self._adapt_part(session, part, on_step, stop, bar)
                 adaptation = session.end()
             adaptation.prompt, adaptation.tokenizer = batch, self.tokenizer
             return adaptation
@@ -141,18 +139,18 @@ class TTTTrainer:
             self.restore()
             raise
 
-    def _adapt_rows(
+    def _adapt_part(
         self,
         session: Session,
-        rows: Batch,
+        part: tuple[int, Batch],
         on_step: Callable[[StepReport], None] | None,
         stop: Callable[[StepReport], bool] | None,
         bar: tqdm,
     ) -> None:
-        """All steps on some rows."""
+        """All steps of one delta on its rows."""
         for step in range(self.config.steps):
             # The session counts the steps of all deltas, a user those of the prompt.
-            report = replace(session.step(rows), step=step + 1)
+            report = replace(session.step_parts([part]), step=step + 1)
             bar.update()
             if not bar.disable:
                 bar.set_postfix(loss=f"{report.losses.nan_to_num().sum():.4f}")

@@ -1,4 +1,4 @@
-// Recording what an update overwrites in 16-bit weights. See ttt_fast.ops.UndoLog.
+// Recording what an update overwrites in 16-bit weights. See ttt_fast.undo.UndoLog.
 #pragma once
 
 #include <atomic>

@@ -32,14 +32,14 @@ class _DeltaState:
         deltas: float32 Δ of each selection (accumulate="delta").
         weights: the adapted weights while another delta is in the model; None before it was ever
             swapped out.
-        landed: (2,) float64, [Σ⟨W' − W, Δ⟩, Σ‖Δ‖²].
+        landed: for each device (2,) float64, [Σ⟨W' − W, Δ⟩, Σ‖Δ‖²].
         steps: steps taken.
     """
 
     state: dict[str, list[Tensor]]
     step_counts: list[int]
     deltas: list[Tensor]
-    landed: Tensor
+    landed: dict[torch.device, Tensor] = field(default_factory=dict)
     weights: list[Tensor] | None = None
     spare_weights: list[Tensor] | None = field(default=None, repr=False)
     steps: int = 0
@@ -156,13 +156,12 @@ class DenseEngine:
         for number, ((group, taken, _), members) in enumerate(calls.items()):
             self._update_group(delta, group, taken, members, gradients, norm, found_inf, number)
         state.steps += 1
-        for selection in self.selections:
-            selection.param.grad = None
         return norm
 
     def landed(self, delta: int) -> float:
         """update_landed = Σ⟨W' − W, Δ⟩ / Σ‖Δ‖² of a delta; 1.0 before any update."""
-        dot, square = self._states[delta].landed.tolist()
+        sums = [landed.tolist() for landed in self._states[delta].landed.values()]
+        dot, square = sum(s[0] for s in sums), sum(s[1] for s in sums)
         return dot / square if square > 0 else 1.0
 
     @property
@@ -207,7 +206,7 @@ class DenseEngine:
             state.step_counts = [0] * len(self.views)
             # Momentum is not read on the first step, so its buffers may keep what they hold.
             moments = state.state.values() if self.config.optimizer == "adamw" else ()
-            for tensors in (*moments, state.deltas, [state.landed]):
+            for tensors in (*moments, state.deltas, state.landed.values()):
                 for tensor in tensors:
                     tensor.zero_()
             return state
@@ -222,7 +221,6 @@ class DenseEngine:
                 if self.config.accumulate == "delta"
                 else []
             ),
-            landed=torch.zeros(2, dtype=torch.float64, device=self.views[0].device),
         )
 
     def _new_state_tensor(self, view: Tensor) -> Tensor:
@@ -236,16 +234,10 @@ class DenseEngine:
         return any(self._group_config(g).momentum > 0 for g in set(self._groups))
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """Global norm over all devices, on the first gradient's device."""
+        """Global norm, on the first gradient's device; stock torch's bits for rounding="torch"."""
         if self.config.rounding == "torch":
             return torch.nn.utils.get_total_norm(gradients, foreach=True)
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for gradient in gradients:
-            by_device.setdefault(gradient.device, []).append(gradient)
-        norms = [ops.grad_norm(g, backend=self.config.backend) for g in by_device.values()]
-        if len(norms) == 1:
-            return norms[0]
-        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        return ops.grad_norm(gradients, backend=self.config.backend)
 
     def _update_group(
         self,
@@ -260,11 +252,16 @@ class DenseEngine:
     ) -> None:
         """One call of the fused update: same options, same step count, same device."""
         config, state = self._group_config(group), self._states[delta]
-        pick = lambda tensors: [tensors[i] for i in members] if tensors else []  # noqa: E731
+
+        def pick(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in members] if tensors else []
+
         params = pick(self.views)
         device = params[0].device
         originals = self.snapshot.originals if self.config.accumulate == "delta" else []
-        landed = torch.zeros_like(state.landed, device=device)
+        landed = state.landed.get(device)
+        if landed is None:
+            landed = state.landed[device] = torch.zeros(2, dtype=torch.float64, device=device)
         options = {
             "lr": config.lr_at(state.steps),
             "weight_decay": config.weight_decay,
@@ -273,14 +270,13 @@ class DenseEngine:
             "deltas": pick(state.deltas),
             "bases": pick(originals),
             "rounding": config.rounding,
-            # One stream of random bits for each (seed, delta, step, call).
-            "seed": ((config.seed * 1_000_003 + delta) * 1_000_003 + state.steps) * 64 + number,
+            # The calls of a step must not share their random bits either.
+            "seed": config.random_stream(delta, state.steps) ^ (number << 48),
             "found_inf": found_inf.to(device),
             "landed": landed,
             "undo": self.snapshot.undo_log(members) if self.config.snapshot == "undo" else None,
             "backend": config.backend,
         }
-        options["seed"] &= (1 << 63) - 1
         if config.optimizer == "adamw":
             ops.adamw_(
                 params, pick(gradients), pick(state.state["exp_avgs"]),
@@ -294,4 +290,3 @@ class DenseEngine:
                 dampening=config.dampening, nesterov=config.nesterov, first_step=taken == 0,
                 decoupled_weight_decay=config.decoupled_weight_decay, **options,
             )  # fmt: skip
-        state.landed += landed.to(state.landed.device)
