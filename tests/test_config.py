@@ -78,3 +78,14 @@ def test_a_group_overrides_what_it_names():
     config = TTTConfig(lr=0.1, weight_decay=0.2, param_groups=[{"params": "norm", "lr": 0.3}])
     group = config.for_group(config.param_groups[0])
     assert (group.lr, group.weight_decay, group.param_groups) == (0.3, 0.2, ())
+
+
+def test_every_step_of_every_delta_has_a_random_stream_of_its_own():
+    streams = {
+        TTTConfig(seed=seed).random_stream(delta, step)
+        for seed in (0, 1, 2**62)
+        for delta in range(3)
+        for step in range(4)
+    }
+    assert len(streams) == 36
+    assert all(0 <= stream < 2**63 for stream in streams)

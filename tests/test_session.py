@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.families import tiny_model
 from tests.loops import distance, prompt_ids, row_loss, sgd_loop, twin, weights
-from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, negative_log_likelihood
+from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, negative_log_likelihood, ops
 
 OPTIONS = dict(lr=2e-2, momentum=0.9, weight_decay=0.01, max_grad_norm=1.0)
 
@@ -390,3 +390,20 @@ def test_the_objective_must_give_one_loss_a_row():
         with pytest.raises(ValueError, match=message):
             trainer_of(model, objective=objective).adapt(prompt_ids())
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_no_two_updates_share_their_random_bits(monkeypatch):
+    seeds = []
+    update = ops.sgd_
+
+    def note(*args, seed, **kwargs):
+        seeds.append(seed)
+        update(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(ops, "sgd_", note)
+    model = tiny_model("llama", torch.bfloat16)
+    groups = [{"params": "norm", "weight_decay": 0.1}]
+    config = TTTConfig(steps=3, rounding="stochastic", param_groups=groups)
+    prompts = [prompt_ids(5, seed=1)[0], prompt_ids(6, seed=2)[0]]
+    TTTTrainer(model, config).adapt(prompts, deltas="independent").restore()
+    assert len(seeds) == len(set(seeds)) == 2 * 3 * 2

@@ -112,10 +112,15 @@ def test_rounding_torch_is_bitwise_stock_in_bf16(kwargs):
 @options
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("accumulate", [False, True], ids=["weight", "delta"])
-@pytest.mark.parametrize("wide", [False, True], ids=["same", "fp32"])
+@pytest.mark.parametrize("wide", ["nothing", "grads", "states"])
 def test_backends_agree_bit_for_bit(backend, kwargs, rounding, accumulate, wide):
     expected = make_case(
-        ODD_SIZES, DTYPES, n_states=1, wide_grads=wide, wide_states=not wide, accumulate=accumulate
+        ODD_SIZES,
+        DTYPES,
+        n_states=1,
+        wide_grads=wide == "grads",
+        wide_states=wide == "states",
+        accumulate=accumulate,
     )
     actual = expected.clone()
     assert_backends_agree(expected, actual, backend, rounding=rounding, **kwargs)
