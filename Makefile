@@ -46,11 +46,17 @@ build: $(VENV)/.stamp-torch  ## compile the C++ extension again
 	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
 
 bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baselines in one run
-	$(PY) -m pytest bench -s --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=benchmark.json -o python_files='bench_*.py' -o python_functions='bench_*'
-	$(PY) -m bench.report benchmark.json
+	rm -f benchmark-*.json
+	@# A process for each file: what one leaves in the allocator would change the next one's times.
+	set -e; for file in bench/bench_*.py; do \
+	    $(PY) -m pytest $$file -s --benchmark-enable --benchmark-columns=median,iqr,rounds \
+	        --benchmark-json=benchmark-$$(basename $$file .py).json \
+	        -o python_files='bench_*.py' -o python_functions='bench_*'; \
+	done
+	$(PY) -m bench.report benchmark-*.json
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png benchmark.json
+	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png benchmark-*.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

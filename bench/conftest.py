@@ -56,15 +56,18 @@ def interleave(sides: Sides, rounds: int) -> dict[str, list[float]]:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Return ``compare(group, sides, baseline=..., rounds=...)``; it measures and records."""
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float | None]:
+    """Return ``compare(group, sides, baseline=..., rounds=...)``; it measures and records.
 
-    def run(group: str, sides: Sides, baseline: str, rounds: int = 15) -> None:
+    It returns the copy bandwidth in bytes a second, None where benchmarks are disabled.
+    """
+
+    def run(group: str, sides: Sides, baseline: str, rounds: int = 15) -> float | None:
         if benchmark.disabled:
             for function, _ in sides.values():
                 function()
             benchmark(lambda: None)
-            return
+            return None
         copies = _copy_sides()
         everything = copies | sides
         seconds = interleave(everything, rounds)
@@ -93,6 +96,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             for value in seconds[name]:
                 stats.update(value)
         _print_table(group, seconds, everything, copy_rate, baseline)
+        return copy_rate
 
     return run
 

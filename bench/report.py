@@ -1,7 +1,7 @@
 """From pytest-benchmark's JSON to a result file to commit and the table in the README.
 
     make bench
-    python -m bench.report benchmark.json
+    python -m bench.report benchmark-*.json
 
 A result file keeps what a number needs to mean something (machine, versions, commit, dtype and
 shapes in the group's name, median and spread) and nothing else.
@@ -99,9 +99,10 @@ def _ms(entry: dict[str, Any]) -> str:
     return f"{entry['median_ms']:.0f} ms [{entry['min_ms']:.0f}, {entry['max_ms']:.0f}]"
 
 
-def main(path: str) -> None:
-    """Write the result file and the README's table."""
-    result = condense(json.loads(Path(path).read_text(encoding="utf-8")))
+def main(*paths: str) -> None:
+    """Write the result file and the README's table; one JSON for each process that measured."""
+    raws = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    result = condense({**raws[0], "benchmarks": [b for raw in raws for b in raw["benchmarks"]]})
     name = result["machine"].split(",")[0].replace("(R)", "").replace(" ", "-").lower()
     file = ROOT / "bench" / "results" / f"{name}-{result['datetime'][:10]}.json"
     file.parent.mkdir(exist_ok=True)
