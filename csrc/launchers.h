@@ -39,6 +39,29 @@ struct UpdateCall {
 void sgd_cpu(const UpdateCall& call, const SgdArgs<float>& f32, const SgdArgs<double>& f64);
 void adamw_cpu(const UpdateCall& call, const AdamwArgs<float>& f32, const AdamwArgs<double>& f64);
 double sum_of_squares_cpu(const Views& grads);
+// x, dy: batch * tokens rows. norms: one for each of the batch, of the compute type.
+void gram_norm_cpu(const View& x, const View& dy, int64_t batch, int64_t tokens, void* norms);
+// logits: as many rows as there are targets (int64). losses: one for each, of the compute type.
+void nll_cpu(const View& logits, const View& targets, int64_t ignore_index, void* losses);
+
+// Rows (batch, rank, width) of a buffer that may be larger.
+struct Factor {
+  const void* data;
+  int64_t batch_stride, stride;  // in elements
+};
+
+// y (batch, tokens, out) = rho x W' - ((x a') o beta) d; beta and rho of the compute type.
+struct DeltaLinearCall {
+  int64_t batch, tokens, in, out, rank;
+  const void *x, *weight;  // weight: nullptr for 0
+  int64_t weight_stride;
+  bool weight_by_columns;  // W' is what is stored by rows
+  Factor a, d;
+  const void *beta, *rho;  // rho: nullptr for 1
+  void* y;
+  Dtype dtype;
+};
+void delta_linear_cpu(const DeltaLinearCall& call);
 void copy_cpu(const Views& dsts, const Views& srcs);
 void undo_restore_cpu(const Views& params, const UndoState& undo);
 int64_t checksum_cpu(const Views& tensors);

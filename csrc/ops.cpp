@@ -311,6 +311,81 @@ Tensor grad_norm(Tensors grads) {
   return result;
 }
 
+Tensor gram_norm(Tensor x, Tensor dy) {
+  const View views[2] = {describe(x, "gram_norm", "x", 0, false),
+                         describe(dy, "gram_norm", "dy", 0, false)};
+  STD_TORCH_CHECK(x.dim() == 3 && dy.dim() == 3 && x.sizes()[0] == dy.sizes()[0] &&
+                      x.sizes()[1] == dy.sizes()[1],
+                  "gram_norm: x must be (B, M, in) and dy (B, M, out).");
+  STD_TORCH_CHECK(
+      views[0].is_float() && views[0].dtype == views[1].dtype,
+      "gram_norm: x and dy must be of one dtype, float32, bfloat16, float16 or float64.");
+  const std::vector<int64_t> shape = {x.sizes()[0]};
+  Tensor norms = torch::stable::empty(
+      shape, views[0].dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float);
+  gram_norm_cpu(views[0], views[1], x.sizes()[0], x.sizes()[1], norms.data_ptr());
+  return norms;
+}
+
+Tensor nll_(Tensor logits, Tensor targets, int64_t ignore_index) {
+  const View view = describe(logits, "nll_", "logits", 0, true);
+  const View columns = describe(targets, "nll_", "targets", 0, false);
+  STD_TORCH_CHECK(view.is_float() && logits.dim() == 2,
+                  "nll_: logits must be a matrix of float32, ",
+                  "bfloat16, float16 or float64; convert it.");
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 &&
+                      targets.numel() == logits.sizes()[0],
+                  "nll_: targets must be an int64 tensor with one element for each row of logits.");
+  const std::vector<int64_t> shape = {targets.numel()};
+  Tensor losses = torch::stable::empty(
+      shape, view.dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float);
+  nll_cpu(view, columns, ignore_index, losses.data_ptr());
+  return losses;
+}
+
+Tensor delta_linear(Tensor x, std::optional<Tensor> weight, Tensor a, Tensor d, Tensor beta,
+                    std::optional<Tensor> rho) {
+  const Dtype dtype = describe(x, "delta_linear", "x", 0, false).dtype;
+  const auto same = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type(); };
+  const ScalarType wide = dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(dtype == Dtype::F32 || dtype == Dtype::F64 || dtype == Dtype::BF16,
+                  "delta_linear: x must be float32, bfloat16 or float64; use backend=\"torch\" "
+                  "for others.");
+  STD_TORCH_CHECK((!weight || same(*weight)) && same(a) && same(d) && beta.scalar_type() == wide &&
+                      (!rho || rho->scalar_type() == wide),
+                  "delta_linear: x, weight, a and d must be of one dtype, beta and rho of the "
+                  "compute type.");
+  // The stride of a dimension of one element is anything.
+  const auto dense = [](const Tensor& t, int64_t dim) {
+    return t.strides()[dim] == 1 || t.sizes()[dim] <= 1;
+  };
+  STD_TORCH_CHECK(x.is_contiguous() && beta.is_contiguous() && (!rho || rho->is_contiguous()) &&
+                      dense(a, 2) && dense(d, 2) &&
+                      (!weight || dense(*weight, 0) || dense(*weight, 1)),
+                  "delta_linear: x, beta and rho must be contiguous, and the rows of a, d and "
+                  "weight; use backend=\"torch\" for others.");
+  DeltaLinearCall call;
+  call.batch = x.sizes()[0], call.tokens = x.sizes()[1], call.in = x.sizes()[2];
+  call.out = d.sizes()[2], call.rank = a.sizes()[1];
+  STD_TORCH_CHECK((!weight || (weight->sizes()[1] == call.in && weight->sizes()[0] == call.out)) &&
+                      a.sizes()[2] == call.in && d.sizes()[1] == call.rank &&
+                      a.sizes()[0] == call.batch && d.sizes()[0] == call.batch &&
+                      beta.numel() == call.batch * call.rank &&
+                      (!rho || rho->numel() == call.batch),
+                  "delta_linear: shapes do not agree.");
+  call.weight_by_columns = weight && !dense(*weight, 1);
+  call.weight_stride = weight ? weight->strides()[call.weight_by_columns ? 1 : 0] : 0;
+  const std::vector<int64_t> shape = {call.batch, call.tokens, call.out};
+  Tensor y = torch::stable::empty(shape, x.scalar_type());
+  call.x = x.data_ptr(), call.weight = weight ? weight->data_ptr() : nullptr, call.y = y.data_ptr();
+  call.a = {a.data_ptr(), a.strides()[0], a.strides()[1]};
+  call.d = {d.data_ptr(), d.strides()[0], d.strides()[1]};
+  call.beta = beta.data_ptr(), call.rho = rho ? rho->data_ptr() : nullptr;
+  call.dtype = dtype;
+  delta_linear_cpu(call);
+  return y;
+}
+
 void copy_(Tensors dsts, Tensors srcs) {
   const Views to = describe_all(dsts, "copy_", "dsts", true);
   const Views from = describe_all(srcs, "copy_", "srcs", false, &to);
@@ -359,6 +434,11 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
       "float weight_decay, bool maximize, int step_index, float max_grad_norm, str rounding, "
       "int seed) -> ()");
   m.def("grad_norm(Tensor[] grads) -> Tensor");
+  m.def("gram_norm(Tensor x, Tensor dy) -> Tensor");
+  m.def(
+      "delta_linear(Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho) -> "
+      "Tensor");
+  m.def("nll_(Tensor(a!) logits, Tensor targets, *, int ignore_index) -> Tensor");
   m.def("copy_(Tensor(a!)[] dsts, Tensor[] srcs) -> ()");
   m.def("undo_restore_(Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets) -> ()");
   m.def("checksum(Tensor[] tensors) -> Tensor");
@@ -369,6 +449,9 @@ STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("sgd_", TORCH_BOX(&ttt_fast::sgd_));
   m.impl("adamw_", TORCH_BOX(&ttt_fast::adamw_));
   m.impl("grad_norm", TORCH_BOX(&ttt_fast::grad_norm));
+  m.impl("gram_norm", TORCH_BOX(&ttt_fast::gram_norm));
+  m.impl("delta_linear", TORCH_BOX(&ttt_fast::delta_linear));
+  m.impl("nll_", TORCH_BOX(&ttt_fast::nll_));
   m.impl("copy_", TORCH_BOX(&ttt_fast::copy_));
   m.impl("undo_restore_", TORCH_BOX(&ttt_fast::undo_restore_));
   m.impl("checksum", TORCH_BOX(&ttt_fast::checksum));

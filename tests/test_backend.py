@@ -48,6 +48,59 @@ def test_refusal(device_type, requested, override, available, message):
         resolve_backend(device_type, requested, available, override)
 
 
+@pytest.mark.parametrize(
+    ("device_type", "requested", "override", "available"),
+    [
+        ("cpu", "auto", "auto", BOTH),
+        ("cpu", "torch", "auto", BOTH),
+        ("cpu", "auto", "torch", BOTH),
+        # The variable is a preference: it says nothing to an op that lacks that backend.
+        ("cpu", "auto", "cpp", BOTH),
+        ("cpu", "auto", "cpp", NO_CPP),
+        ("cuda", "auto", "cpp", BOTH),
+    ],
+)
+def test_choice_for_an_op_without_cpp(device_type, requested, override, available):
+    chosen = resolve_backend(device_type, requested, available, override, ("torch",))
+    assert chosen == "torch"
+
+
+def test_refusals_for_an_op_without_cpp():
+    message = "product: backend='cpp' was asked for but the op exists only in 'torch'"
+    with pytest.raises(ValueError, match=message):
+        resolve_backend("cpu", "cpp", BOTH, "auto", ("torch",), "product")
+    with pytest.raises(ValueError, match="TTT_FAST_BACKEND='fast' is unknown"):
+        resolve_backend("cpu", "auto", BOTH, "fast", ("torch",))
+
+
+def test_a_setting_for_a_run_asks_each_op_for_what_it_has():
+    for name, schema in ops.SCHEMAS.items():
+        assert schema.backends[0] == "torch"
+        assert ops.backend_for(name, "cpp") == ("cpp" if "cpp" in schema.backends else "auto")
+        for same in ("auto", "torch", "nonsense"):
+            assert ops.backend_for(name, same) == same
+
+
+def test_a_product_under_each_way_to_prefer_cpp(monkeypatch):
+    """rank_update_ exists in torch only; a run that is set to C++ uses it all the same."""
+    factors = torch.ones(2, 3), torch.ones(2, 4), torch.ones(2)
+
+    def updated(**options):
+        weight = torch.ones(4, 3)
+        ops.rank_update_(weight, *factors, **options)
+        return weight
+
+    with pytest.raises(ValueError, match="rank_update_: backend='cpp' .* only in 'torch'"):
+        updated(backend="cpp")
+    chosen = ops.backend_for("rank_update_", "cpp")
+    assert chosen == "auto"
+    expected = torch.full((4, 3), 3.0)
+    assert torch.equal(updated(backend=chosen), expected)
+    monkeypatch.setenv("TTT_FAST_BACKEND", "cpp")
+    assert torch.equal(updated(), expected)
+    assert torch.equal(updated(backend=chosen), expected)
+
+
 def test_the_environment_variable_is_read(monkeypatch):
     monkeypatch.setenv("TTT_FAST_BACKEND", "torch")
     assert resolve_backend("cpu", available=BOTH) == "torch"

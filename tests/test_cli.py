@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from dataclasses import fields
 
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ttt_fast import TTTConfig, cli, doctor
+from ttt_fast import TTTConfig, audit, cli, doctor
 from ttt_fast.comparison import PHASES
 
 WORDS = "the cat sat on a mat and dog ran to old red house by river".split()
@@ -132,7 +133,7 @@ def test_adamw_compares(folder, capsys):
 
 
 def test_every_setting_is_an_option():
-    values = {bool: [], float: ["0.5"], int: ["7"], str: ["x"], type(None): ["x"]}
+    values = {bool: [], float: ["0.5"], int: ["7"], str: ["x"], type(None): ["7"]}
     names = [field.name for field in fields(TTTConfig) if field.name != "param_groups"]
     parser = cli._parser()
     for name in names:
@@ -142,6 +143,13 @@ def test_every_setting_is_an_option():
         assert hasattr(args, name)
         assert not any(hasattr(args, other) for other in names if other != name)
     assert names
+
+
+def test_options_that_may_be_none():
+    parser = cli._parser()
+    clip = ("adapt", "m", "p", "--max-grad-norm")
+    assert parser.parse_args([*clip, "None"]).max_grad_norm is None
+    assert parser.parse_args([*clip, "0.5"]).max_grad_norm == 0.5
 
 
 def test_negative_options(folder, capsys):
@@ -159,6 +167,53 @@ def test_prompt_sources(folder, capsys, monkeypatch, tmp_path, source):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     arguments = {"argument": [PROMPT], "file": ["--prompt-file", file], "stdin": ["-"]}[source]
     assert run_json(capsys, "adapt", folder, *arguments, *SHORT)["prompt"] == PROMPT
+
+
+OTHER = "a dog ran to the house"
+
+
+@pytest.mark.parametrize("source", ["options", "lines"])
+def test_several_prompts_adapt_independently(folder, capsys, tmp_path, source):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n\n{OTHER}\n", encoding="utf-8")
+    several = {
+        "options": ["--prompt", PROMPT, "--prompt", OTHER],
+        "lines": ["--prompt-lines", file],
+    }
+    result = run_json(capsys, "adapt", folder, *several[source], *SHORT)
+    assert [one["prompt"] for one in result["prompts"]] == [PROMPT, OTHER]
+    for one in result["prompts"]:
+        alone = run_json(capsys, "adapt", folder, one["prompt"], *SHORT)
+        assert one["prompt_tokens"] == alone["prompt_tokens"]
+        assert one["losses"] == pytest.approx(alone["ours"]["losses"], rel=1e-5)
+        assert one["loss_after"] == pytest.approx(alone["ours"]["loss_after"], rel=1e-5)
+        assert one["answer"] == alone["ours"]["answer"]
+    assert result["prompts"][0]["loss_after"] != result["prompts"][1]["loss_after"]
+    assert result["weights"]["bitwise_equal"]
+
+
+def test_page_of_several_prompts(folder, capsys):
+    code, out, err = run(capsys, "adapt", folder, "--prompt", PROMPT, "--prompt", OTHER, *SHORT)
+    assert code == 0, err
+    assert re.search(rf"prompt 1 +{PROMPT}\nanswer .*\nloss +\d.* -> .*update landed", out)
+    assert re.search(rf"prompt 2 +{OTHER}\nanswer ", out)
+    assert "bitwise equal" in out
+
+
+def test_one_prompt_as_an_option_is_the_usual_run(folder, capsys):
+    result = run_json(capsys, "adapt", folder, "--prompt", PROMPT, *SHORT)
+    assert (
+        result["ours"]["losses"]
+        == run_json(capsys, "adapt", folder, PROMPT, *SHORT)["ours"]["losses"]
+    )
+
+
+@pytest.mark.parametrize("engine", ["dense", "factored"])
+def test_engine(folder, capsys, engine):
+    result = run_json(capsys, "adapt", folder, PROMPT, *SHORT, "--engine", engine)
+    assert result["config"]["engine"] == engine
+    assert engine in result["engine"]
+    assert result["weights"]["bitwise_equal"]
 
 
 def test_chat_template(folder, capsys):
@@ -181,6 +236,14 @@ def test_dtype(folder, capsys):
         (["{folder}", ""], "at least two tokens"),
         (["{folder}", "the"], "two tokens|nothing to predict"),
         (["{folder}", "the cat " * 40], "64"),
+        (["{folder}", "the cat", "--prompt", "the dog"], "give one of them"),
+        (["{folder}", "--prompt", "the cat", "--prompt-lines", "x"], "give one of them"),
+        (["{folder}", "--prompt-lines", "nowhere.txt"], "nowhere.txt"),
+        (["{folder}", "--prompt-lines", os.devnull], "no line has text"),
+        (["{folder}", "--prompt", "the cat", "--prompt", "the dog", "--compare"], "takes one"),
+        (["{folder}", "--prompt", "the cat", "--prompt", "a dog", "--plot", "x.png"], "takes one"),
+        (["{folder}", "--prompt", "the cat", "--prompt", "the"], "nothing to predict"),
+        (["{folder}", "the cat", "--engine", "lora"], "'dense'"),
         (["{folder}", "the cat", "--lr", "-1"], "lr"),
         (["{folder}", "the cat", "--lr", "fast"], "invalid float"),
         (["{folder}", "the cat", "--steps", "-1"], "steps"),
@@ -229,6 +292,87 @@ def test_hash_sees_one_bit(folder):
     assert cli.parameter_hash(model) != before
 
 
+AUDIT = ("--prompt", PROMPT, "--steps", 2, "--lr", "1e-4", "1e-2")
+
+
+def test_audit_begins_with_its_conclusion(folder, capsys, tmp_path):
+    plot = tmp_path / "audit.png"
+    code, out, err = run(capsys, "audit", folder, *AUDIT, "--plot", plot)
+    assert code == 0, err
+    assert re.match(r"At lr 1e-4 a stock bfloat16 loop applies \S+ % of its update: ", out)
+    for part in ("fp32 delta", "stochastic", "float32 model", "2 steps", "momentum 0.9", "7e-4"):
+        assert part in out, part
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "stochastic, lr 1e-2" in err  # the progress bar
+
+
+def test_audit_json(folder, capsys):
+    settings = ("--momentum", 0.5, "--max-grad-norm", "none", "--weight-decay", 0.1)
+    result = run_json(
+        capsys, "audit", folder, *AUDIT, *settings, "--scope", "ffn", "--modes", "torch", "delta"
+    )
+    assert [(row["lr"], row["mode"]) for row in result["rows"]] == [
+        (1e-4, "torch"), (1e-4, "delta"), (1e-2, "torch"), (1e-2, "delta")
+    ]  # fmt: skip
+    conditions = result["conditions"]
+    assert (conditions["model"], conditions["dtype"]) == (folder, "bfloat16")
+    assert conditions["steps"] == 2
+    assert (conditions["momentum"], conditions["max_grad_norm"]) == (0.5, None)
+    assert (conditions["weight_decay"], conditions["scope"]) == (0.1, "ffn")
+    assert result["restored"] is True
+
+
+def test_audit_of_float32(folder, capsys):
+    out = run(capsys, "audit", folder, *AUDIT, "--dtype", "float32")[1]
+    assert out.startswith("In float32 everything lands")
+
+
+def test_audit_reports_a_changed_weight(folder, capsys, monkeypatch):
+    monkeypatch.setattr(audit.Snapshot, "verify", lambda self: False)
+    code, out, _ = run(capsys, "audit", folder, *AUDIT, "--modes", "torch")
+    assert code == 1
+    assert "DID NOT COME BACK" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}"], "no prompt"),
+        (["{folder}", "--prompt", "the"], "at least two tokens"),
+        (["{folder}", "--prompt", "the cat", "--lr", "0"], "> 0"),
+        (["{folder}", "--prompt", "the cat", "--steps", "0"], "at least 1"),
+        (["{folder}", "--prompt", "the cat", "--modes", "kahan"], "kahan"),
+        (["{folder}", "--prompt", "the cat", "--rounding", "torch"], "unrecognized"),
+        (["{folder}", "--prompt", "the cat", "--plot", "nowhere/x.png"], "there is no folder"),
+        (["./no-such-folder", "--prompt", "the cat"], "no-such-folder"),
+    ],
+)
+def test_audit_bad_input_is_one_line(folder, capsys, arguments, message):
+    code, out, err = run(capsys, "audit", *[a.format(folder=folder) for a in arguments])
+    assert code == 2
+    assert out == ""
+    assert re.search(message, err), err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+def test_doctor_is_asked_for_what_was_given(folder, capsys, monkeypatch):
+    asked = []
+
+    def report(config, **arguments):
+        asked.append((config.scope, arguments))
+        return {"answer": 1}
+
+    monkeypatch.setattr(doctor, "report", report)
+    assert run_json(
+        capsys, "doctor", folder, "--calibrate", "--deltas", 3, "--tokens", 8, "--dtype", "float32",
+        "--scope", "ffn",
+    ) == {"answer": 1}  # fmt: skip
+    assert run_json(capsys, "doctor") == {"answer": 1}
+    given = dict(model=folder, dtype="float32", tokens=8, deltas=3, calibrate=True)
+    default = dict(model=None, dtype="auto", tokens=256, deltas=1, calibrate=False)
+    assert asked == [("ffn", given), ("all", default)]
+
+
 def test_doctor_names_versions_and_backends(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
@@ -247,7 +391,11 @@ def test_doctor_memory(folder, capsys):
     need = run_json(capsys, "doctor", folder, *options)["memory"]
     ffn = 2 * 3 * 16 * 24
     assert need["selected_parameters"] == ffn
-    assert need["bytes"]["snapshot"] == need["bytes"]["gradients"] == 2 * ffn
+    assert need["bytes"]["snapshot"] == 2 * ffn
+    # Those of 8 tokens are kept as factors; of 64 they are smaller whole.
+    assert need["bytes"]["gradients"] == 0
+    longer = options[:3] + (64,) + options[4:]
+    assert run_json(capsys, "doctor", folder, *longer)["memory"]["bytes"]["gradients"] == 2 * ffn
     assert need["bytes"]["optimizer"] == 2 * 4 * ffn
     assert need["bytes"]["delta"] == 0
     assert need["bytes"]["activations"] > 0
@@ -277,6 +425,7 @@ def test_doctor_activations_are_those_of_a_real_forward(folder, capsys):
         (["./no-such-folder"], "no-such-folder"),
         (["{folder}", "--scope", "nonsense"], "Modules of this model"),
         (["{folder}", "--tokens", "1"], "at least 2"),
+        (["{folder}", "--deltas", "0"], "at least 1"),
         (["{folder}", "--lr", "nan"], "lr"),
     ],
 )
@@ -297,3 +446,14 @@ def test_demo_model(capsys):
     assert result["ours"]["losses"] == pytest.approx(result["naive"]["losses"], rel=1e-3)
     assert result["ours"]["loss_after"] < result["loss_before"]
     assert result["weights"]["bitwise_equal"]
+
+
+@pytest.mark.real_model
+def test_audit_of_the_demo_model(capsys):
+    result = run_json(
+        capsys, "audit", "demo", "--steps", 2, "--lr", "1e-5", "--scope", "ffn", "--layers=-2:",
+        "--modes", "torch", "stochastic",
+    )  # fmt: skip
+    landed = {row["mode"]: row["update_landed"] for row in result["rows"]}
+    assert landed["torch"] < 0.1 < landed["stochastic"]
+    assert result["restored"]

@@ -12,7 +12,7 @@ from ttt_fast import TTTConfig
     [
         (dict(optimizer="lion"), "optimizer='lion' is unknown; use one of 'sgd', 'adamw'"),
         (dict(reduction="max"), "reduction='max'"),
-        (dict(engine="factored"), "engine='factored'"),
+        (dict(engine="fast"), "engine='fast' is unknown; use one of 'auto', 'factored', 'dense'"),
         (dict(accumulate="sum"), "accumulate='sum'"),
         (dict(rounding="down"), "rounding='down'"),
         (dict(snapshot="disk"), "snapshot='disk'"),
@@ -89,3 +89,46 @@ def test_every_step_of_every_delta_has_a_random_stream_of_its_own():
     }
     assert len(streams) == 36
     assert all(0 <= stream < 2**63 for stream in streams)
+
+
+DENSE_ONLY = [
+    ("optimizer", "adamw", "sgd"),
+    ("rounding", "stochastic", "nearest"),
+    ("rounding", "torch", "nearest"),
+    ("accumulate", "delta", "weight"),
+    ("snapshot", "host", "device"),
+    ("snapshot", "undo", "device"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "only"), DENSE_ONLY)
+def test_what_only_the_dense_engine_does_is_refused_for_the_other(name, value, only):
+    message = (
+        f"TTTConfig: {name}='{value}' asks for something that only engine='dense' does;"
+        f" engine='factored' needs {name}='{only}'"
+    )
+    with pytest.raises(ValueError, match=message):
+        TTTConfig(engine="factored", **{name: value})
+    for engine in ("auto", "dense"):
+        assert getattr(TTTConfig(engine=engine, **{name: value}), name) == value
+    config = TTTConfig(**{name: value})
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, engine="factored")
+
+
+def test_the_factored_engine_takes_all_of_sgd():
+    config = TTTConfig(
+        engine="factored", nesterov=True, weight_decay=0.1, decoupled_weight_decay=True,
+        max_grad_norm=None, lr=[0.1] * 20, param_groups=[{"params": "norm", "momentum": 0.5}],
+        reduction="sum", dropout=True, check_every=5, seed=3, layers="-2:", backend="torch",
+    )  # fmt: skip
+    assert config.engine == "factored"
+
+
+@pytest.mark.parametrize("name", ["max_batch_tokens", "memory_budget"])
+def test_bounds(name):
+    for value in (None, 1, 2**40):
+        assert getattr(TTTConfig(**{name: value}), name) == value
+    for value in (0, -1, 2.0, "all"):
+        with pytest.raises(ValueError, match=f"{name}={value!r}; it must be None or at least 1"):
+            TTTConfig(**{name: value})

@@ -1,4 +1,7 @@
-"""Gradients in buffers that live on: every way in which a model can use a weight."""
+"""Gradients as products and in buffers that live on: every way in which a model uses a weight."""
+
+import contextlib
+import weakref
 
 import peft
 import pytest
@@ -9,8 +12,10 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from tests.families import tiny_model
-from tests.loops import distance, params_of, prompt_ids, row_loss, sgd_loop, twin
-from ttt_fast import RowSlice, Selection, TTTConfig, TTTTrainer, select_parameters
+from tests.loops import distance, params_of, prompt_ids, row_loss, sgd_loop, twin, weights
+from ttt_fast import RowSlice, Selection, TTTConfig, TTTTrainer, ops, select_parameters
+from ttt_fast.engines import products
+from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.gradients import GradientBuffers
 
 OPTIONS = dict(lr=2e-2, momentum=0.9, weight_decay=0.01, max_grad_norm=1.0)
@@ -22,10 +27,33 @@ def assert_adapts_as_autograd(model, scope="all", tolerance=1e-12, **options):
     params = params_of(other, select_parameters(model, scope))
     other.eval()
     losses, _ = sgd_loop(other, [lambda m: row_loss(m, IDS[0])] * 3, params=params, **OPTIONS)
-    config = TTTConfig(steps=3, scope=scope, **(OPTIONS | options))
+    config = TTTConfig(steps=3, scope=scope, engine="dense", **(OPTIONS | options))
     with TTTTrainer(model, config).adapt(IDS) as adapted:
         assert adapted.losses[0].tolist() == pytest.approx(losses, rel=1e-12)
         assert distance(model, other) <= tolerance
+
+
+NEVER, ALWAYS = 0.0, 1e12
+
+
+@pytest.fixture(params=[NEVER, ALWAYS], ids=["buffers", "products"], autouse=True)
+def path(request, monkeypatch):
+    """Every test runs with gradients in buffers and with gradients as products."""
+    monkeypatch.setattr(products, "FLOPS_PER_BYTE", request.param)
+    return request.param
+
+
+def formed(gradient, like):
+    """A gradient of the shape of ``like``, whatever form it has."""
+    if isinstance(gradient, products.Products):
+        out = torch.empty(gradient.n, gradient.m, dtype=like.dtype)
+        return gradient.write_rows(0, out).view(like.shape)
+    return None if gradient is None else gradient.clone()
+
+
+def collected(buffers, selections):
+    views = [selection.view() for selection in selections]
+    return [formed(g, v) for g, v in zip(buffers.collect(), views, strict=True)]
 
 
 def gradients_of(module, *inputs):
@@ -36,7 +64,7 @@ def gradients_of(module, *inputs):
         with buffers.recording():
             module(*inputs).square().sum().backward()
             # Whatever went to autograd is part of what collect returns.
-            got = [None if g is None else g.clone() for g in buffers.collect()]
+            got = collected(buffers, selections)
     module.zero_grad()
     module(*inputs).square().sum().backward()
     expected = [param.grad for param in module.parameters()]
@@ -168,7 +196,7 @@ def test_rows_of_a_projection():
         buffers = GradientBuffers(module, selections)
         with buffers.recording():
             (module(X).square().sum() + module.weight.square().sum()).backward()
-            got = [g.clone() for g in buffers.collect()]
+            got = collected(buffers, selections)
         module.zero_grad()
         (module(X).square().sum() + module.weight.square().sum()).backward()
         for selection, gradient in zip(selections, got, strict=True):
@@ -201,12 +229,15 @@ def test_modules_are_given_back():
 
 def test_buffers_are_reused():
     model = tiny_model("llama")
-    trainer = TTTTrainer(model, TTTConfig(steps=2))
+    trainer = TTTTrainer(model, TTTConfig(steps=2, engine="dense"))
     places = []
     for _ in range(2):
         trainer.adapt(IDS).restore()
-        places.append([slot.buffer.data_ptr() for slot in trainer._engine.gradients._slots])
-    assert places[0] == places[1]
+        engine = trainer._engine("dense")
+        buffers = [slot._buffer for slot in engine.gradients._slots]
+        buffers += engine._scratch._buffers.values()
+        places.append([b.data_ptr() for b in buffers if b is not None])
+    assert places[0] == places[1] and places[0]
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "gpt_neox", "opt"])
@@ -248,7 +279,7 @@ def test_a_linear_that_two_layers_share():
 def test_gradient_checkpointing(use_reentrant, dropout):
     """Its forwards run again in the backward, where the modules have to be taken over still."""
     model = tiny_model("llama", torch.float64).train()
-    expected = TTTTrainer(model, TTTConfig(steps=3)).adapt(IDS)
+    expected = TTTTrainer(model, TTTConfig(steps=3, engine="dense")).adapt(IDS)
     expected.restore()
     model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs=dict(use_reentrant=use_reentrant)
@@ -256,7 +287,9 @@ def test_gradient_checkpointing(use_reentrant, dropout):
     # Llama has no dropout: the option only puts the model into the mode that checkpoints.
     calls = []
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *call: calls.append(1))
-    with TTTTrainer(model, TTTConfig(steps=3, dropout=dropout)).adapt(IDS) as adapted:
+    with TTTTrainer(model, TTTConfig(steps=3, dropout=dropout, engine="dense")).adapt(
+        IDS
+    ) as adapted:
         assert torch.allclose(adapted.losses, expected.losses, rtol=1e-12)
         assert torch.allclose(adapted.grad_norms, expected.grad_norms, rtol=1e-12)
     assert len(calls) == (6 if dropout else 3)
@@ -275,7 +308,7 @@ def test_lora():
     short, long = prompt_ids(5), prompt_ids(9, seed=2)
     ids = torch.cat([F.pad(short, (4, 0)), long])
     mask = torch.cat([F.pad(torch.ones_like(short), (4, 0)), torch.ones_like(long)])
-    trainer = TTTTrainer(model.float(), TTTConfig(steps=1, scope="lora"))
+    trainer = TTTTrainer(model.float(), TTTConfig(steps=1, scope="lora", engine="dense"))
     with trainer.adapt(ids, attention_mask=mask, deltas="shared") as adapted:
         loss = adapted.losses[0, 0].item()
         assert adapted.generate(max_new_tokens=2).shape == (2, 11)
@@ -288,6 +321,206 @@ def test_autocast():
     other = twin(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses, _ = sgd_loop(other, [lambda m: row_loss(m, IDS[0])] * 2, **OPTIONS)
-        with TTTTrainer(model, TTTConfig(steps=2, **OPTIONS)).adapt(IDS) as adapted:
+        with TTTTrainer(model, TTTConfig(steps=2, engine="dense", **OPTIONS)).adapt(IDS) as adapted:
             assert adapted.losses[0].tolist() == pytest.approx(losses, rel=1e-3)
             assert distance(model, other) < 1e-3
+
+
+# ---------------------------------------------------------------------------- products
+
+
+def norm_and_whole(module, ids):
+    """The global norm, and the same of autograd's gradients."""
+    selections = [Selection(name, param) for name, param in module.named_parameters()]
+    buffers = GradientBuffers(module, selections)
+    with buffers.recording():
+        module(ids).square().sum().backward()
+        gradients = [g for g in buffers.collect() if g is not None]
+        kinds = {type(g) for g in gradients}
+        norm = products.global_norm(gradients)
+    module.zero_grad()
+    module(ids).square().sum().backward()
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    module.zero_grad()
+    return norm, torch.nn.utils.get_total_norm(grads), kinds
+
+
+class Tied(nn.Module):
+    """An embedding with a pad token, a linear that is called twice, the tied head."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4, padding_idx=3)
+        self.proj = nn.Linear(4, 4)
+        self.conv = Conv1D(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.table.weight
+        with torch.no_grad():
+            self.table.weight.normal_()
+
+    def forward(self, ids):
+        x = self.table(ids) + self.table(ids.flip(1))
+        return self.head(self.conv(self.proj(self.proj(x).tanh())))
+
+
+def test_norm_of_products(path):
+    torch.manual_seed(0)
+    module = Tied().double()
+    norm, expected, kinds = norm_and_whole(module, torch.tensor([[1, 3, 2, 2, 8], [3, 5, 1, 0, 3]]))
+    assert (products.Products in kinds) == (path == ALWAYS)
+    assert torch.allclose(norm, expected, rtol=1e-13)
+    # The cross term and the pad token count: neither is lost in the tolerance.
+    ids, pad = torch.tensor([[1, 3, 2]]), torch.tensor([[1, 4, 2]])
+    assert abs(norm_and_whole(module, ids)[0] / norm_and_whole(module, pad)[0] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_of_products_in_other_dtypes(dtype):
+    torch.manual_seed(0)
+    module = Tied().to(dtype)
+    oracle = twin(module).double()
+    ids = torch.tensor([[1, 3, 2, 2, 8, 1, 5]])
+    norm, _, _ = norm_and_whole(module, ids)
+    expected = norm_and_whole(oracle, ids)[1]
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(expected.item(), rel=4 * torch.finfo(dtype).eps)
+
+
+def test_norm_of_a_sum_that_cancels_is_not_nan():
+    """A lookup takes back what the head gave: rounding leaves a little on either side of zero."""
+    for seed in range(20):
+        b = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
+        gradient = products.Products(3, 4)
+        gradient.add_pair(torch.tensor([[0.0, 0.7, 0.0]]), b)
+        gradient.add_lookup(torch.tensor([1]), -0.7 * b)
+        assert 0 <= gradient.squared_norm() < 1e-5
+    gradient.add_pair(torch.ones(1, 3), b * torch.nan)
+    assert gradient.squared_norm().isnan()
+
+
+def test_blocks_are_small_whatever_the_view(monkeypatch):
+    """A slice of a fused projection is one group of many rows; it is cut all the same."""
+    monkeypatch.setattr(products, "CPU_BLOCK_BYTES", 1024)
+    views = [torch.zeros(40, 8), torch.zeros(1, 40, 8), torch.zeros(5, 8, 8), torch.zeros(40, 2, 4)]
+    for calls in ([*products.blocks_for_calls(views, [i])] for i in range(4)):
+        assert len(calls) == 2 and all(len(blocks) == 1 for blocks in calls[:1])
+        assert max(block.of(views[block.index]).nbytes for b in calls for block in b) <= 1024
+    (together,) = products.blocks_for_calls([torch.zeros(2, 8)] * 5, range(5))
+    assert len(together) == 5
+
+
+def test_products_are_chosen_while_they_cost_less(monkeypatch):
+    monkeypatch.undo()
+    assert products.Products(1536, 576).pays(pair_rows=32)
+    assert not products.Products(1536, 576).pays(pair_rows=256)
+    assert products.Products(4096, 4096).pays(pair_rows=100)
+    # Two uses are one of all their tokens; a lookup costs one side only.
+    gradient = products.Products(1536, 576)
+    gradient.add_pair(torch.ones(32, 1536), torch.ones(32, 576))
+    assert not gradient.pays(pair_rows=32)
+    assert products.Products(1536, 576).pays(lookup_rows=100)
+    assert not products.Products(1536, 576).pays(pair_rows=100)
+
+
+def test_a_long_prompt_goes_to_the_buffer(monkeypatch):
+    """A second use that makes it too long forms what was kept."""
+    monkeypatch.setattr(products, "FLOPS_PER_BYTE", 0.4)
+    module = nn.Linear(16, 16, bias=False).double()
+    x = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    buffers = GradientBuffers(module, [Selection("weight", module.weight)])
+    for uses, kind in ((1, products.Products), (2, torch.Tensor)):
+        with buffers.recording():
+            sum(module(x * k).square().sum() for k in range(1, uses + 1)).backward()
+            (gradient,) = buffers.collect()
+            assert isinstance(gradient, kind)
+            got = formed(gradient, module.weight)
+        sum(module(x * k).square().sum() for k in range(1, uses + 1)).backward()
+        assert torch.allclose(got, module.weight.grad, rtol=1e-12)
+        module.zero_grad()
+
+
+SLICES = [
+    ("llama_tied", "all"), ("gpt2", "all"), ("opt", "all"), ("gpt_neox", "all"),
+    ("gpt2", "query"), ("phi3", "query"), ("gpt_neox", "query"),
+]  # fmt: skip
+STATES = [
+    dict(momentum=0.9, nesterov=True),
+    dict(momentum=0.0, decoupled_weight_decay=True),
+    dict(momentum=0.5, accumulate="delta"),
+    dict(optimizer="adamw", eps=1e-6),
+]
+
+
+@pytest.mark.parametrize("options", STATES, ids=["nesterov", "decoupled", "delta", "adamw"])
+@pytest.mark.parametrize(("family", "scope"), SLICES)
+def test_blocks_of_any_size_are_the_whole_weight(monkeypatch, path, family, scope, options):
+    """Blocks of two rows, and all weights in one call, against gradients in buffers."""
+    options = OPTIONS | options | dict(steps=3, scope=scope, engine="dense")
+    adapted = []
+    for flops, block_bytes in ((NEVER, 0), (path, 600), (path, 1 << 30)):
+        monkeypatch.setattr(products, "FLOPS_PER_BYTE", flops)
+        monkeypatch.setattr(products, "CPU_BLOCK_BYTES", block_bytes)
+        model = tiny_model(family, torch.float64)
+        before = weights(model)
+        with TTTTrainer(model, TTTConfig(**options)).adapt(IDS) as result:
+            adapted.append((twin(model), result.grad_norms, float(result.update_landed)))
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    for model, norms, landed in adapted[1:]:
+        assert torch.allclose(norms, adapted[0][1], rtol=1e-12)
+        assert landed == pytest.approx(adapted[0][2], rel=1e-9)
+        assert distance(model, adapted[0][0]) <= 1e-11
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("snapshot", ["device", "undo"])
+def test_blocks_of_16_bit_weights(monkeypatch, snapshot, rounding):
+    """The undo log's runs of 65536 elements are not divided; restoring is bitwise."""
+    monkeypatch.setattr(products, "CPU_BLOCK_BYTES", 4096)
+    model = tiny_model("llama_tied", torch.bfloat16, vocab_size=5000, intermediate_size=2100)
+    before = weights(model)
+    config = TTTConfig(
+        steps=3, lr=3e-1, snapshot=snapshot, rounding=rounding, engine="dense", weight_decay=0.1
+    )
+    trainer = TTTTrainer(model, config)
+    runs = []
+    for _ in range(2):
+        with trainer.adapt(IDS):
+            runs.append(weights(model))
+            assert any(not torch.equal(v, before[n]) for n, v in runs[-1].items())
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert all(torch.equal(runs[0][n], runs[1][n]) for n in before)
+
+
+def test_random_bits_differ_between_the_blocks_of_a_step(monkeypatch):
+    """Equal rows with equal gradients are rounded alike only by chance."""
+    monkeypatch.setattr(products, "CPU_BLOCK_BYTES", 64 * 2)
+    seeds = []
+    real = ops.sgd_
+    monkeypatch.setattr(ops, "sgd_", lambda *a, **k: (seeds.append(k["seed"]), real(*a, **k)))
+    model = tiny_model("llama", torch.bfloat16)
+    config = TTTConfig(steps=2, rounding="stochastic", seed=10**6, engine="dense")
+    with TTTTrainer(model, config).adapt(IDS):
+        assert len(set(seeds)) == len(seeds)
+        assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_products_take_no_gradient_memory_and_do_not_outlive_the_step(path):
+    model = tiny_model("llama_tied")
+    engine = DenseEngine(model, select_parameters(model), TTTConfig(engine="dense"))
+    engine.begin(1)
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), engine.gradients.recording():
+            model(IDS, labels=IDS).loss.backward()
+            found = [g for g in engine.gradients.collect() if isinstance(g, products.Products)]
+            assert bool(found) == (path == ALWAYS)
+            found = [weakref.ref(g) for g in found]
+            if error is not None:
+                raise error
+            engine.update([0], torch.zeros(1))
+        assert all(reference() is None for reference in found)
+    held = sum(s._buffer.nbytes for s in engine.gradients._slots if s._buffer is not None)
+    matrices = sum(p.nbytes for p in model.parameters() if p.dim() == 2)
+    assert held == (matrices if path == NEVER else 0)
+    scratch = sum(buffer.nbytes for buffer in engine._scratch._buffers.values())
+    assert scratch <= products.CPU_BLOCK_BYTES
+    engine.restore()

@@ -75,7 +75,8 @@ def test_ctrl_c_during_the_update_waits_for_its_end(ctrl_c, monkeypatch):
     model = lived_in("llama")
     trainer = trainer_of(model)
     trainer.adapt(IDS).restore()
-    engine, update, done = trainer._engine, trainer._engine.update, []
+    engine = trainer._engines["dense"]
+    update, done = engine.update, []
 
     def interrupted_update(*args):
         signal.raise_signal(signal.SIGINT)

@@ -116,7 +116,7 @@ def test_two_hundred_prompts():
     for n in range(200):
         with trainer.adapt(prompt_ids(2 + n % 5, seed=n)) as adapted:
             sizes.add(adapted.nbytes)
-        engine = trainer._engine
+        engine = trainer._engines["dense"]
         tensors = [*engine.snapshot._buffers, *engine._states[0].state["momentum_buffers"]]
         here = [t.data_ptr() for t in tensors]
         places = places or here
@@ -282,7 +282,8 @@ def test_a_begin_that_fails_half_way(monkeypatch):
     model = lived_in()
     trainer = trainer_of(model)
     trainer.adapt(prompt_ids(5, 2), deltas="independent").restore()
-    engine, fresh, made = trainer._engine, trainer._engine._new_state, []
+    engine = trainer._engines["dense"]
+    fresh, made = engine._new_state, []
 
     def fail():
         made.append(fresh())

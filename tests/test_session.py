@@ -278,10 +278,10 @@ def test_nothing_leaks_from_prompt_to_prompt(options):
     with trainer.adapt(prompt_ids(20, n_rows=2, seed=8), deltas="independent"):
         pass
     with pytest.raises(DivergedError):
-        poison = negative_log_likelihood
+        poison = objective = trainer.objective
         trainer.objective = lambda outputs, batch: poison(outputs, batch) * torch.inf
         trainer.adapt(prompt_ids(9))
-    trainer.objective = negative_log_likelihood
+    trainer.objective = objective
     with trainer.adapt(prompt_ids(9)) as second:
         assert torch.equal(first.losses, second.losses)
         assert torch.equal(first.update_landed, second.update_landed)

@@ -20,7 +20,8 @@ class Boom(Exception):
 
 
 def trainer_of(model, objective=None, **options):
-    options = dict(steps=STEPS, lr=2e-2, weight_decay=0.01, max_grad_norm=1.0) | options
+    options = dict(engine="dense", steps=STEPS, lr=2e-2, weight_decay=0.01) | options
+    options = dict(max_grad_norm=1.0) | options
     return TTTTrainer(model, TTTConfig(**options), objective=objective)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy as copying
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,18 +11,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ttt_fast.batch import Batch, as_prompts, complete_batch, pad_rows
-from ttt_fast.session import evaluate, evaluating, release, uninterrupted
+from ttt_fast.batch import Batch, as_prompts, complete_batch, forward_arguments, pad_rows
+from ttt_fast.config import TTTConfig
+from ttt_fast.engines.policy import Choice
+from ttt_fast.objective import Objective
+from ttt_fast.profiling import Phases
+from ttt_fast.session import (
+    Engine,
+    evaluate,
+    evaluating,
+    holder,
+    parts_of,
+    release,
+    uninterrupted,
+)
 
 if TYPE_CHECKING:
+    from ttt_fast.factored_adaptation import FactoredAdaptation
     from ttt_fast.session import Session
+
+# What takes the gradients of every step, which only the factored engine keeps.
+_NEEDS_FACTORS = (
+    "rewind", "at", "at_step", "attach", "detach", "attached", "save", "to_lora", "delta_norm",
+    "grad_cosine",
+)  # fmt: skip
 
 
 class Adaptation:
     """The result of a session. While it is active, the model has the adapted weights.
 
-    With several deltas ``generate`` and ``loss`` swap each one's weights in for its own rows;
-    between calls the model has the original weights.
+    This is what the dense engine gives: the weights themselves have changed, and with several
+    deltas ``generate`` and ``loss`` swap each one's weights in for its own rows; between calls the
+    model has the original weights. The factored engine gives a
+    :class:`ttt_fast.factored_adaptation.FactoredAdaptation`, which can do more: earlier steps,
+    detaching, files, LoRA adapters, norms and cosines.
 
     Attributes:
         model: the model.
@@ -33,32 +57,101 @@ class Adaptation:
             reads: Σ⟨W' − W, Δ⟩ / Σ‖Δ‖². Below |Δx|/|y| of about 7e-4, bfloat16 rounding of the
             activations hides a delta whatever this says.
         nbytes: bytes of snapshot and optimizer state.
+        choice: why this engine, and what was predicted; None for a loaded adaptation.
+        configs: the settings of each delta of ``adapt_grid``; None elsewhere.
+        diverged: (D,) bool, deltas that kept their last finite weights; only ``adapt_grid`` goes on
+            after one.
         prompt: the batch that ``adapt`` trained on, None for a session of the caller's own.
         tokenizer: the trainer's, to pass text to ``generate`` and ``loss``; likewise.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.model: nn.Module = session.model
-        self.config = session.config
-        self.n_deltas = session.n_deltas
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        config: TTTConfig,
+        engine: Engine,
+        objective: Objective,
+        phases: Phases,
+        losses: list[Tensor],
+        grad_norms: list[Tensor],
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.n_deltas = len(losses)
+        self.choice: Choice | None = None
+        self.configs: list[TTTConfig] | None = None
+        self.diverged = torch.zeros(self.n_deltas, dtype=torch.bool)
         self.prompt: Batch | None = None
         self.tokenizer: Any = None
-        self._engine = session.engine
-        self._phases = session.phases
-        self._objective = session.objective
-        self._arguments = session._arguments
-        histories = [session.history(delta) for delta in range(self.n_deltas)]
-        self.losses = _ragged([losses for losses, _ in histories])
-        self.grad_norms = _ragged([norms for _, norms in histories])
-        self.steps = torch.tensor([losses.numel() for losses, _ in histories])
-        self.update_landed = torch.tensor(
-            [self._engine.landed(delta) for delta in range(self.n_deltas)]
-        )
-        self.nbytes = self._engine.nbytes
+        self._engine = engine
+        self._phases = phases
+        self._objective = objective
+        self._arguments = forward_arguments(model)
+        self.losses = _ragged(losses)
+        self.grad_norms = _ragged(grad_norms)
+        self.steps = torch.tensor([row.numel() for row in losses])
+        self.update_landed = torch.tensor([engine.landed(d) for d in range(self.n_deltas)])
+        self.nbytes = engine.nbytes
         self._over: str | None = None
-        if self.n_deltas > 1:
-            self._engine.set_aside()
-            self._engine.restore()
+        self._can_unmerge = False
+
+    @staticmethod
+    def of(session: Session) -> Adaptation:
+        """What a session has come to, as its engine keeps it."""
+        histories = [session.history(delta) for delta in range(session.n_deltas)]
+        fields = {
+            "model": session.model,
+            "config": session.config,
+            "engine": session.engine,
+            "objective": session.objective,
+            "phases": session.phases,
+            "losses": [losses for losses, _ in histories],
+            "grad_norms": [norms for _, norms in histories],
+        }
+        if session.engine.name == "dense":
+            return Adaptation(**fields)
+        from ttt_fast.factored_adaptation import FactoredAdaptation
+
+        # The step of the session with which each step of a delta ended.
+        ends = [[number for number, _, _ in entries] for entries in session._history]
+        return FactoredAdaptation(**fields, ends=ends)
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        objective: Objective | None = None,
+        tokenizer: Any = None,
+    ) -> FactoredAdaptation:
+        """Attach an adaptation that was saved (:meth:`FactoredAdaptation.save`) to its model.
+
+        Args:
+            path: the file.
+            model: with the very weights that it was made for; they may be on another device.
+            objective: of :meth:`loss`, where it was not the usual one.
+            tokenizer: to pass text.
+
+        Returns:
+            The adaptation, attached, as it was when it was saved.
+
+        Raises:
+            RuntimeError: a session or an adaptation holds the model.
+            ValueError: not such a file, or the model has other weights; names the first.
+        """
+        from ttt_fast.factored_adaptation import FactoredAdaptation
+
+        return FactoredAdaptation._read(path, model, objective, tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NEEDS_FACTORS:
+            instead = "; state_dict() has the adapted weights" if name == "save" else ""
+            raise AttributeError(
+                f"{name}: the dense engine does not keep the gradients of the steps that this needs"
+                f"{instead}. Adapt with engine='factored'."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # ------------------------------------------------------------------ use
 
@@ -85,7 +178,7 @@ class Adaptation:
         else:
             ids, mask = self._given_rows(input_ids, kwargs)
         with uninterrupted() as held, evaluating(self.model), self._phases("generate"):
-            if self.n_deltas == 1:
+            if self.n_deltas == 1 or self._engine.together:
                 with held.released():
                     return self.model.generate(ids, attention_mask=mask, **kwargs)
             return self._generate_each(ids, mask, kwargs, held)
@@ -97,30 +190,23 @@ class Adaptation:
         if batch is None:
             raise ValueError("loss: this adaptation has no prompt of its own; pass input_ids.")
         losses = torch.full((self.n_deltas,), torch.nan, dtype=self.losses.dtype)
-        for delta, rows in batch.by_delta():
-            with self.weights_of(delta):
-                losses[delta] = evaluate(self.model, rows, self._objective, self._arguments)
+        for deltas, rows in parts_of(batch, self._engine, self.config):
+            with self._engine.showing(deltas):
+                losses[list(deltas)] = evaluate(
+                    self.model, rows, self._objective, self._arguments, len(deltas)
+                ).to(losses)
         return losses
 
     @contextmanager
     def weights_of(self, delta: int) -> Iterator[nn.Module]:
         """The model with one delta's weights. With a single delta it has them all the time."""
         self._require_active()
-        if not 0 <= delta < self.n_deltas:
-            raise ValueError(f"weights_of: delta {delta} of {self.n_deltas}; they count from 0.")
+        delta = self._one_delta("weights_of", delta)
         if self.n_deltas == 1:
             yield self.model
             return
-        outer = self._engine.resident
-        try:
-            self._engine.make_resident(delta)
+        with uninterrupted() as held, self._engine.showing([delta]), held.released():
             yield self.model
-        finally:
-            with uninterrupted():
-                if outer is None:
-                    self._engine.restore()
-                else:
-                    self._engine.make_resident(outer)
 
     def state_dict(self, delta: int = 0) -> dict[str, Tensor]:
         """A copy of the model's ``state_dict`` with a delta's adapted weights."""
@@ -130,32 +216,78 @@ class Adaptation:
     # ------------------------------------------------------------------ the end
 
     def restore(self) -> None:
-        """Give the model its original weights back, bit for bit. Doing it again changes nothing."""
-        if self._over is not None:
+        """Give the model its original weights back, bit for bit. Doing it again changes nothing.
+
+        After ``merge(snapshot=True)`` this undoes the merge; other merges are for good.
+        """
+        if self._over is not None and not self._can_unmerge:
             return
         with uninterrupted():
             with self._phases("restore"):
                 self._engine.restore()
             self._finish("restored")
 
-    def merge(self, delta: int | None = None) -> nn.Module:
-        """Keep the adapted weights in the model for good.
+    def merge(
+        self,
+        delta: int | None = None,
+        *,
+        rounding: str = "nearest",
+        seed: int = 0,
+        copy: bool = False,
+        snapshot: bool = False,
+    ) -> nn.Module:
+        """Put a delta's adapted weights into the model, or into a copy of it.
+
+            adapted.merge()                       # for good; the adaptation is over
+            adapted.merge(snapshot=True)          # until restore(), or the end of the `with` block
+            other = adapted.merge(copy=True)      # this model and the adaptation stay as they are
+
+        To stack merges and go back over several, take a :class:`ttt_fast.Snapshot` of the model
+        before the first.
 
         Args:
             delta: which one; may be left out if there is only one.
+            rounding: "nearest" or "stochastic", how weights are rounded to the model's type. The
+                dense engine has rounded them already, as its configuration says.
+            seed: of stochastic rounding.
+            copy: leave the model alone and give a new one, held by nobody.
+            snapshot: keep the original weights, so that :meth:`restore` brings them back bit for
+                bit; until then nothing else can adapt the model.
 
         Returns:
-            The model.
+            The model that has the weights.
+
+        Raises:
+            RuntimeError: the adaptation is over.
+            ValueError: no such delta, an unknown rounding, or copy with snapshot.
         """
-        self._require_active()
-        if delta is None and self.n_deltas > 1:
-            raise ValueError(f"merge: there are {self.n_deltas} deltas; say which, merge(delta).")
-        if not 0 <= (delta or 0) < self.n_deltas:
-            raise ValueError(f"merge: delta {delta} of {self.n_deltas}; they count from 0.")
+        delta = self._one_delta("merge", delta)
+        if copy and snapshot:
+            raise ValueError(
+                "merge: copy=True leaves the model alone, so there is nothing for snapshot=True to"
+                " keep; pass one of them."
+            )
+        return self._merge(delta, rounding, seed, copy, snapshot)
+
+    def _merge(self, delta: int, rounding: str, seed: int, copy: bool, snapshot: bool) -> nn.Module:
+        """:meth:`merge` of what was checked; here of weights that the model holds, or will."""
+        if rounding != "nearest":
+            raise ValueError(
+                f"merge: rounding={rounding!r}, but the dense engine has rounded the weights at"
+                " every step. Pass rounding to TTTConfig, or adapt with engine='factored'."
+            )
+        if copy:
+            with self.weights_of(delta) as model:
+                return copying.deepcopy(model)
         with uninterrupted():
-            self._engine.make_resident(delta or 0)
-            self._engine.merge()
-            self._finish("merged")
+            self._engine.make_resident(delta)
+            if snapshot:
+                # The engine's own snapshot is the way back, and its originals may be aside: with
+                # the delta resident, restore() brings them back.
+                self._over, self._can_unmerge = "merged", True
+            else:
+                self._engine.merge()
+                self._finish("merged")
         return self.model
 
     def __enter__(self) -> Adaptation:
@@ -179,7 +311,9 @@ class Adaptation:
 
     def report(self) -> str:
         """One screen: engine, losses, how much of the update landed, time and memory by phase."""
-        lines = ["engine dense: weights in place, " + self._engine.snapshot.describe()]
+        lines = [f"engine {self._engine_line()}"]
+        if self.choice is not None:
+            lines.append(f"chosen {self.choice.reason}")
         for delta in range(self.n_deltas):
             steps = int(self.steps[delta])
             name = f"delta {delta}: " if self.n_deltas > 1 else ""
@@ -263,15 +397,33 @@ class Adaptation:
         pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
         return pad[0] if isinstance(pad, list) else (pad or 0)
 
-    def _require_active(self) -> None:
-        if self._over is not None:
-            raise RuntimeError(
-                f"this adaptation was {self._over}; its deltas are gone. Call adapt again."
+    def _one_delta(self, name: str, delta: int | None) -> int:
+        """Check the number of a delta; None is the only one."""
+        self._require_not_over()
+        if delta is None and self.n_deltas > 1:
+            raise ValueError(
+                f"{name}: there are {self.n_deltas} deltas; say which, {name}(delta=...)."
             )
+        if not 0 <= (delta or 0) < self.n_deltas:
+            raise ValueError(f"{name}: delta {delta} of {self.n_deltas}; they count from 0.")
+        return delta or 0
+
+    def _engine_line(self) -> str:
+        return "dense: weights in place, " + self._engine.snapshot.describe()
+
+    def _require_not_over(self) -> None:
+        if self._over is not None:
+            undo = "restore() undoes it" if self._can_unmerge else "call adapt again"
+            raise RuntimeError(f"this adaptation was {self._over}; its deltas are gone: {undo}.")
+
+    def _require_active(self) -> None:
+        self._require_not_over()
 
     def _finish(self, how: str) -> None:
-        self._over = how
-        release(self.model)
+        self._over, self._can_unmerge = how, False
+        # One that is detached may end while another holds the model.
+        if holder(self.model) is self:
+            release(self.model)
 
 
 def _ragged(rows: list[Tensor]) -> Tensor:

@@ -1,13 +1,18 @@
 """Which implementation of an op runs: the only place that decides.
 
 "torch"  plain torch operations (``ttt_fast/reference.py``): the specification, available everywhere
-"cpp"    the C++ extension (``csrc/``), for tensors on the CPU
+"cpp"    the C++ extension (``csrc/``), for tensors on the CPU, for the ops that have it there
+
+Some ops are matrix products, which torch does best; they have no C++. Asking such an op for "cpp"
+is an error. ``TTT_FAST_BACKEND=cpp`` is not: it says what "auto" prefers, so an op without C++ goes
+on as if the variable were not set. A setting for a whole run, as ``TTTConfig(backend="cpp")``, is
+meant likewise: :func:`ttt_fast.ops.backend_for` makes of it what each op is asked for.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,33 +52,43 @@ def resolve_backend(
     requested: str = "auto",
     available: Mapping[str, str] | None = None,
     override: str | None = None,
+    implemented: Sequence[str] = BACKENDS,
+    op: str = "this op",
 ) -> str:
     """Choose the backend for tensors on a device. Pure when all arguments are given.
 
-    An explicit request is honoured or refused, never replaced by something else.
+    An explicit request is honoured or refused, never replaced by something else. ``override`` is a
+    preference: an op that lacks that backend goes on as for "auto".
 
     Args:
         device_type: "cpu", "cuda", ... (``tensor.device.type``).
         requested: "auto" or one of ``BACKENDS``.
         available: backend -> "ok" or reason; default :func:`available_backends`.
         override: what "auto" means; default the environment variable ``TTT_FAST_BACKEND``.
+        implemented: the backends that the op exists in.
+        op: its name, for messages.
 
     Raises:
-        ValueError: unknown name, or the requested backend cannot run there.
+        ValueError: unknown name, or the requested backend cannot run there or lacks the op.
     """
     available = available_backends() if available is None else available
     if override is None:
         override = os.environ.get("TTT_FAST_BACKEND", "auto")
     source = "backend"
-    if requested == "auto" and override != "auto":
+    if requested == "auto" and (override not in BACKENDS or override in implemented):
         requested, source = override, "TTT_FAST_BACKEND"
     if requested == "auto":
         preference = _PREFERENCE.get(device_type, ("torch",))
-        return next(name for name in preference if available[name] == "ok")
+        return next(n for n in preference if n in implemented and available[n] == "ok")
     if requested not in BACKENDS:
         raise ValueError(
             f"{source}={requested!r} is unknown; use one of 'auto',"
             f" {', '.join(map(repr, BACKENDS))}."
+        )
+    if requested not in implemented:
+        raise ValueError(
+            f"{op}: {source}={requested!r} was asked for but the op exists only in "
+            f"{', '.join(map(repr, implemented))}; use backend='auto'."
         )
     if available[requested] != "ok":
         raise ValueError(

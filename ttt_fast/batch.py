@@ -44,6 +44,11 @@ class Batch:
     delta_index: Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.input_ids.device
+
+    @property
     def n_rows(self) -> int:
         """N."""
         return self.input_ids.shape[0]
@@ -83,8 +88,38 @@ class Batch:
             for delta in self.delta_index.unique().tolist()
         ]
 
+    @torch.inference_mode(False)
+    def by_row_count(self, max_tokens: int | None = None) -> list[tuple[tuple[int, ...], Batch]]:
+        """Runs of consecutive deltas that have equally many rows, with those rows in their order.
+
+        Of a complete batch only. What is in a run can go through the model together.
+
+        Args:
+            max_tokens: end a run before its rows, padded to the longest, have more tokens; None for
+                no bound. A single delta is a run however long it is.
+        """
+        counts = torch.bincount(self.delta_index).tolist()
+        lengths = self.attention_mask.sum(1)
+        longest = [
+            int(lengths[self.delta_index == delta].max()) if count else 0
+            for delta, count in enumerate(counts)
+        ]
+        runs: list[list[int]] = []
+        for delta, count in enumerate(counts):
+            run = runs[-1] if runs else []
+            width = max([longest[d] for d in run], default=0)
+            tokens = count * (len(run) + 1) * max(width, longest[delta])
+            joins = run and run[-1] == delta - 1 and counts[run[-1]] == count
+            if count and joins and (max_tokens is None or tokens <= max_tokens):
+                run.append(delta)
+            elif count:
+                runs.append([delta])
+        order = [torch.cat([(self.delta_index == d).nonzero() for d in run])[:, 0] for run in runs]
+        return [(tuple(run), self.rows(index)) for run, index in zip(runs, order, strict=True)]
+
     @cached_property
-    def _padded(self) -> bool:
+    def padded(self) -> bool:
+        """Whether there is padding."""
         # Looked at once: it waits for the device, and the same rows may be stepped on many times.
         return bool((self.attention_mask == 0).any())
 
@@ -95,7 +130,7 @@ class Batch:
         changes nothing.
         """
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
-        if self._padded:
+        if self.padded:
             inputs["attention_mask"] = self._whole_mask()
         if self.position_ids is not None and "position_ids" in model_arguments:
             inputs["position_ids"] = self.position_ids

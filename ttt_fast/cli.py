@@ -1,4 +1,4 @@
-"""The command line: ``ttt-fast adapt`` and ``ttt-fast doctor``.
+"""The command line: ``ttt-fast adapt``, ``ttt-fast audit`` and ``ttt-fast doctor``.
 
 Results go to stdout (with ``--json`` nothing else does), progress to stderr. Exit codes: 0 done,
 1 it ran and failed (diverged, or the weights did not come back), 2 bad input, 130 interrupted.
@@ -14,9 +14,10 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, doctor
-from ttt_fast.batch import complete_batch
+from ttt_fast.audit import DEFAULT_LRS, MODES, audit
+from ttt_fast.batch import complete_batch, pad_rows
 from ttt_fast.comparison import Run, page, plot, ratios
 from ttt_fast.demo import DEFAULT_PROMPT, load_demo_model
 from ttt_fast.naive import naive_adapt, prompt_loss
@@ -34,6 +36,10 @@ from ttt_fast.naive import naive_adapt, prompt_loss
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a command line cannot express; the library takes it.
 _NOT_OPTIONS = ("param_groups",)
+# What an audit varies by itself, or (snapshot) needs one value of.
+_AUDITED = ("lr", "engine", "accumulate", "rounding", "snapshot")
+_MODEL_HELP = 'folder, hub name, or "demo" for SmolLM2-135M-Instruct'
+_JSON_HELP = "print one JSON object and nothing else"
 # What Hugging Face raises for a name, a folder or files that it can do nothing with.
 _NOT_A_MODEL = (OSError, ValueError, ModuleNotFoundError)
 
@@ -71,72 +77,131 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ttt-fast", description="Adapt a language model to a prompt and have its weights back."
     )
-    commands = parser.add_subparsers(required=True, metavar="adapt|doctor")
+    commands = parser.add_subparsers(required=True, metavar="adapt|audit|doctor")
     adapt = commands.add_parser("adapt", help="adapt a model to a prompt and let it continue")
     adapt.set_defaults(run=_adapt)
-    adapt.add_argument("model", help='folder, hub name, or "demo" for SmolLM2-135M-Instruct')
+    adapt.add_argument("model", help=_MODEL_HELP)
     adapt.add_argument(
         "prompt", nargs="?", help='text, or "-" for stdin; with "demo" there is a default'
     )
+    adapt.add_argument(
+        "--prompt",
+        action="append",
+        dest="prompts",
+        metavar="TEXT",
+        help="the same; given several times, each prompt adapts on its own",
+    )
     adapt.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
-    adapt.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    adapt.add_argument(
+        "--prompt-lines", type=Path, metavar="FILE", help="one prompt a line, each on its own"
+    )
     adapt.add_argument("--max-new-tokens", type=int, default=40, help="of the answers (default 40)")
     adapt.add_argument("--compare", action="store_true", help="run the naive torch loop, too")
     adapt.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses into this file")
-    adapt.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    adapt.add_argument("--device", default=None, help="default cuda if there is one, else cpu")
+    _add_run_options(adapt)
     _add_common_options(adapt)
+    audit = commands.add_parser(
+        "audit", help="how much of an update reaches the weights, by learning rate and rounding"
+    )
+    audit.set_defaults(run=_audit, prompts=None, prompt_lines=None)
+    audit.add_argument("model", help=_MODEL_HELP)
+    audit.add_argument("--prompt", help='text, or "-" for stdin; with "demo" there is a default')
+    audit.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
+    audit.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        dest="lrs",
+        default=DEFAULT_LRS,
+        help=f"learning rates (default {' '.join(f'{lr:g}' for lr in DEFAULT_LRS)})",
+    )
+    audit.add_argument(
+        "--modes", nargs="+", choices=MODES, help="default all that make a difference"
+    )
+    audit.add_argument("--plot", type=Path, metavar="PNG", help="draw the table into this file")
+    _add_run_options(audit)
+    _add_common_options(audit, dtype="bfloat16", without=_AUDITED, steps=10)
     check = commands.add_parser(
         "doctor", help="versions, backends, and the memory that a run would need"
     )
     check.set_defaults(run=_doctor)
     check.add_argument("model", nargs="?", help="estimate the memory for this model (config only)")
     check.add_argument("--tokens", type=int, default=256, help="prompt length (default 256)")
-    check.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    check.add_argument("--deltas", type=int, default=1, help="prompts adapted at once (default 1)")
+    check.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine's speeds once (about 30 s) and keep them for engine=auto",
+    )
+    check.add_argument("--json", action="store_true", help=_JSON_HELP)
     _add_common_options(check)
     return parser
 
 
-def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights")
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--json", action="store_true", help=_JSON_HELP)
+    parser.add_argument("--device", default=None, help="default cuda if there is one, else cpu")
+
+
+def _add_common_options(
+    parser: argparse.ArgumentParser,
+    dtype: str = "auto",
+    without: Sequence[str] = (),
+    **defaults: Any,
+) -> None:
+    """The dtype, and every setting of TTTConfig but those of ``without``."""
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=dtype, help=f"of the weights (default {dtype})"
+    )
     group = parser.add_argument_group("hyper-parameters")
     words = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(TTTConfig) or "", re.M))
     for option in fields(TTTConfig):
-        if option.name in _NOT_OPTIONS or option.default is MISSING:
+        if option.name in (*_NOT_OPTIONS, *without) or option.default is MISSING:
             continue
         text = re.sub(r":\w+:|`", "", words.get(option.name, "")).rstrip(".")
-        text = f"{text} (default {option.default})".replace("%", "%%")
+        default = defaults.get(option.name, option.default)
+        text = f"{text} (default {default})".replace("%", "%%")
         group.add_argument(
             "--" + option.name.replace("_", "-"),
             dest=option.name,
             default=argparse.SUPPRESS,
             help=text,
-            **_argument_type(option.name, option.default),
+            **_argument_type(option),
         )
 
 
-def _argument_type(name: str, default: Any) -> dict[str, Any]:
-    """How argparse reads an option, from its default value."""
+def _argument_type(option: Field[Any]) -> dict[str, Any]:
+    """How argparse reads an option, from its default value and its annotation."""
+    default = option.default
     if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
-        return {"type": float, "nargs": len(default), "metavar": name.rstrip("s").upper()}
-    if name == "max_grad_norm":
-        return {"type": _number_or_none}
-    return {"type": str if default is None else type(default)}
+        return {"type": float, "nargs": len(default), "metavar": option.name.rstrip("s").upper()}
+    kinds = {"float | None": _or_none(float), "int | None": _or_none(int)}
+    return {"type": kinds.get(str(option.type), str if default is None else type(default))}
 
 
-def _number_or_none(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+def _or_none(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = f"{kind.__name__} or none"  # argparse: "invalid float or none value"
+    return read
 
 
 def _config(args: argparse.Namespace) -> TTTConfig:
+    with _bad_input(ValueError, TypeError):
+        return TTTConfig(**_settings(args))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of TTTConfig that were given."""
     names = [option.name for option in fields(TTTConfig)]
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    with _bad_input(ValueError, TypeError):
-        return TTTConfig(**options)
+    return options
 
 
 @contextmanager
@@ -154,14 +219,16 @@ def _bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
 
 def _adapt(args: argparse.Namespace) -> int:
     config = _config(args)
-    prompt = _prompt(args)
+    prompts = _prompts(args)
     if args.max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1.")
     if args.plot is not None:
         _check_plot(args.plot)
+    if len(prompts) > 1:
+        return _adapt_several(args, config, prompts)
     with redirect_stdout(sys.stderr):  # libraries may print
-        result = _adapt_and_compare(args, config, prompt)
-    print(json.dumps(result, indent=2) if args.json else page(result))
+        result = _adapt_and_compare(args, config, prompts[0])
+    print(json.dumps(result, indent=2) if args.json else f"{page(result)}\n{result['engine']}")
     if args.plot is not None:
         plot(result, args.plot)
         print(f"loss plot: {args.plot}", file=sys.stderr if args.json else sys.stdout)
@@ -219,37 +286,138 @@ def _adapt_and_compare(args: argparse.Namespace, config: TTTConfig, prompt: str)
     )  # fmt: skip
     hash_after = parameter_hash(model)
     return {
-        "model": args.model,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-        "selected_parameters": sum(selection.numel for selection in trainer.selections),
-        "config": {o.name: _plain(getattr(config, o.name)) for o in fields(config)},
+        **_facts(args, model, trainer),
         "prompt": prompt,
         "prompt_tokens": ids.shape[1],
         "loss_before": loss_before,
         "answer_before": answer_before,
         **{name: vars(run) for name, run in runs.items()},
         "ratio": ratios(runs),
-        "weights": {
-            "before": hash_before,
-            "after": hash_after,
-            "bitwise_equal": hash_before == hash_after,
-        },
+        "engine": adapted.report().splitlines()[0],
+        "weights": _weights(hash_before, hash_after),
     }
 
 
-def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None and args.prompt_file is not None:
-        raise CommandError("got a prompt and --prompt-file; give one of them.")
-    if args.prompt_file is not None:
-        with _bad_input(OSError, UnicodeDecodeError):
-            return args.prompt_file.read_text(encoding="utf-8")
-    if args.prompt == "-":
-        return sys.stdin.read()
-    if args.prompt is None and args.model != "demo":
+def _adapt_several(args: argparse.Namespace, config: TTTConfig, prompts: Sequence[str]) -> int:
+    """Each prompt adapts on its own; one answer for each."""
+    if args.compare or args.plot is not None:
+        option = "--compare" if args.compare else "--plot"
+        raise CommandError(f"{option}: takes one prompt, got {len(prompts)}. Leave it out.")
+    with redirect_stdout(sys.stderr):
+        result = _adapt_independently(args, config, prompts)
+    print(json.dumps(result, indent=2) if args.json else _page_of_several(result))
+    return 0 if result["weights"]["bitwise_equal"] else 1
+
+
+def _adapt_independently(
+    args: argparse.Namespace, config: TTTConfig, prompts: Sequence[str]
+) -> dict[str, Any]:
+    """Everything ``ttt-fast adapt`` does with several prompts, as one JSON-able dict."""
+    model, tokenizer = _load(args.model, args.dtype, args.device)
+    rows = [_encode(tokenizer, prompt, args.chat)[0].to(model.device) for prompt in prompts]
+    hash_before = parameter_hash(model)
+    with _bad_input(ValueError, TypeError):
+        trainer = TTTTrainer(model, config)
+        adapted = trainer.adapt(rows, deltas="independent", progress=True)
+    with adapted:
+        after = adapted.loss().tolist()
+        answers = adapted.generate(max_new_tokens=args.max_new_tokens, do_sample=False)
+    width = pad_rows(rows, 0)[0].shape[1]  # prompts end side by side, so all answers begin here
+    hash_after = parameter_hash(model)
+    return {
+        **_facts(args, model, trainer),
+        "engine": adapted.report().splitlines()[0],
+        "prompts": [
+            {
+                "prompt": prompt,
+                "prompt_tokens": rows[n].numel(),
+                "losses": adapted.losses[n].tolist(),
+                "grad_norms": adapted.grad_norms[n].tolist(),
+                "loss_after": after[n],
+                "update_landed": float(adapted.update_landed[n]),
+                "answer": tokenizer.decode(answers[n, width:], skip_special_tokens=True),
+            }
+            for n, prompt in enumerate(prompts)
+        ],
+        "ms": adapted.timings,
+        "peak_bytes": adapted.peak_bytes,
+        "weights": _weights(hash_before, hash_after),
+    }
+
+
+def _page_of_several(result: dict[str, Any]) -> str:
+    """The result for people: a block for each prompt."""
+    lines = [
+        f"{result['model']}, {result['dtype']} on {result['device']}, {result['threads']} threads; "
+        f"{len(result['prompts'])} prompts, {result['config']['steps']} steps each",
+        result["engine"],
+    ]
+    for n, one in enumerate(result["prompts"], 1):
+        losses = [*one["losses"][:1], one["loss_after"]]  # 0 steps: only the last
+        lines += [
+            "",
+            f"prompt {n:<4} {_one_line(one['prompt'])}",
+            f"answer      {_one_line(one['answer'])}",
+            f"loss        {' -> '.join(f'{loss:.4f}' for loss in losses)}, update landed "
+            f"{one['update_landed']:.4f}",
+        ]
+    times = ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in result["ms"].items())
+    equal = result["weights"]["bitwise_equal"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            times,
+            "the weights are back, bitwise equal" if equal else "THE WEIGHTS DIFFER",
+        ]
+    )
+
+
+def _one_line(text: str) -> str:
+    return textwrap.shorten(text, 300, placeholder=" …")
+
+
+def _facts(args: argparse.Namespace, model: Any, trainer: TTTTrainer) -> dict[str, Any]:
+    """What a run's numbers depend on."""
+    config = trainer.config
+    return {
+        "model": args.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "selected_parameters": sum(selection.numel for selection in trainer.selections),
+        "config": {o.name: _plain(getattr(config, o.name)) for o in fields(config)},
+    }
+
+
+def _weights(before: str, after: str) -> dict[str, Any]:
+    return {"before": before, "after": after, "bitwise_equal": before == after}
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts, at least one, from the one place where they were given."""
+    given = {
+        "a prompt": args.prompt,
+        "--prompt": args.prompts,
+        "--prompt-file": args.prompt_file,
+        "--prompt-lines": args.prompt_lines,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise CommandError(f"got {' and '.join(names)}; give one of them.")
+    with _bad_input(OSError, UnicodeDecodeError):
+        if args.prompt_file is not None:
+            return [args.prompt_file.read_text(encoding="utf-8")]
+        if args.prompt_lines is not None:
+            lines = args.prompt_lines.read_text(encoding="utf-8").splitlines()
+            prompts = [line for line in lines if line.strip()]
+            if not prompts:
+                raise CommandError(f"--prompt-lines {args.prompt_lines}: no line has text.")
+            return prompts
+    texts = args.prompts or ([] if args.prompt is None else [args.prompt])
+    if not texts and args.model != "demo":
         raise CommandError('no prompt; give one as text, with --prompt-file, or "-" for stdin.')
-    return DEFAULT_PROMPT if args.prompt is None else args.prompt
+    return [sys.stdin.read() if t == "-" else t for t in texts] or [DEFAULT_PROMPT]
 
 
 def _load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
@@ -346,6 +514,33 @@ def _check_plot(path: Path) -> None:
         raise CommandError(f"--plot {path}: there is no folder {path.absolute().parent}.")
 
 
+# ---------------------------------------------------------------------------- audit
+
+
+def _audit(args: argparse.Namespace) -> int:
+    prompt = _prompts(args)[0]
+    if args.plot is not None:
+        _check_plot(args.plot)
+    with redirect_stdout(sys.stderr):
+        model, tokenizer = _load(args.model, args.dtype, args.device)
+        ids = _encode(tokenizer, prompt, args.chat).to(model.device)
+        with _bad_input(ValueError, TypeError):
+            report = audit(
+                model,
+                ids,
+                lrs=args.lrs,
+                modes=args.modes,
+                progress=True,
+                **({"steps": 10} | _settings(args)),
+            )
+    report.conditions["model"] = args.model
+    print(report.to_json() if args.json else report.page())
+    if args.plot is not None:
+        report.plot(args.plot)
+        print(f"plot: {args.plot}", file=sys.stderr if args.json else sys.stdout)
+    return 0 if report.restored else 1
+
+
 # ---------------------------------------------------------------------------- doctor
 
 
@@ -353,10 +548,17 @@ def _doctor(args: argparse.Namespace) -> int:
     config = _config(args)
     if args.tokens < 2:
         raise CommandError(f"--tokens {args.tokens}: a prompt has at least 2.")
-    with redirect_stdout(sys.stderr):
-        report: dict[str, Any] = {"system": doctor.system()}
-        if args.model is not None:
-            with _bad_input(*_NOT_A_MODEL, TypeError, about=f"model {args.model!r}: "):
-                report["memory"] = doctor.memory(args.model, config, args.dtype, args.tokens)
+    if args.deltas < 1:
+        raise CommandError(f"--deltas {args.deltas}: it must be at least 1.")
+    about = f"model {args.model!r}: " if args.model is not None else ""
+    with redirect_stdout(sys.stderr), _bad_input(*_NOT_A_MODEL, TypeError, about=about):
+        report = doctor.report(
+            config,
+            model=args.model,
+            dtype=args.dtype,
+            tokens=args.tokens,
+            deltas=args.deltas,
+            calibrate=args.calibrate,
+        )
     print(json.dumps(report, indent=2) if args.json else doctor.page(report))
     return 0

@@ -15,7 +15,7 @@ Schedule = float | Sequence[float] | Callable[[int], float]
 _CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "reduction": ("mean", "sum"),
-    "engine": ("auto", "dense"),
+    "engine": ("auto", "factored", "dense"),
     "accumulate": ("weight", "delta"),
     "rounding": ROUNDINGS,
     "snapshot": ("device", "host", "undo"),
@@ -49,7 +49,8 @@ class TTTConfig:
             momentum, dampening, nesterov, weight_decay, decoupled_weight_decay, betas, eps. The
             first match counts.
         reduction: a row's loss is the "mean" or the "sum" over its tokens.
-        engine: "auto" or "dense".
+        engine: "factored" (the weights are never written, many prompts go at once), "dense" (the
+            weights change in place), or "auto", which takes the cheaper one.
         accumulate: "weight", or "delta": keep Δ in float32 and set W = round(W₀ + Δ).
         rounding: "nearest" (one rounding a step), "stochastic" (seeded), or "torch" (bitwise what
             stock torch does).
@@ -57,6 +58,10 @@ class TTTConfig:
             16-bit weights).
         seed: of stochastic rounding and of dropout.
         dropout: leave dropout on during steps (the model runs in eval mode otherwise).
+        max_batch_tokens: tokens, padding included, that go through the model at once where several
+            deltas do; None for no bound.
+        memory_budget: bytes above the model that engine="auto" and batches of prompts plan with;
+            default what the device has free.
         check_every: steps between looks at the losses for non-finite values.
         backend: "auto", "torch" or "cpp".
 
@@ -85,6 +90,8 @@ class TTTConfig:
     snapshot: str = "device"
     seed: int = 0
     dropout: bool = False
+    max_batch_tokens: int | None = 2048
+    memory_budget: int | None = None
     check_every: int = 1
     backend: str = "auto"
 
@@ -100,6 +107,10 @@ class TTTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"TTTConfig: {name}={value!r}; it must be an integer >= {least}.")
+        for name in ("max_batch_tokens", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"TTTConfig: {name}={value!r}; it must be None or at least 1.")
         _check_options(self)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
@@ -116,8 +127,21 @@ class TTTConfig:
                 "TTTConfig: accumulate='delta' reads the original weights at every step, so they"
                 f" must be on the device; snapshot={self.snapshot!r} is not. Use snapshot='device'."
             )
+        if self.engine == "factored":
+            self._check_factored()
         for i, group in enumerate(self.param_groups):
             self._check_group(i, group)
+
+    def _check_factored(self) -> None:
+        """The factored engine keeps exact SGD and never writes a weight."""
+        defaults = {"optimizer": "sgd", "accumulate": "weight", "rounding": "nearest"}
+        for name, only in (defaults | {"snapshot": "device"}).items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"TTTConfig: {name}={getattr(self, name)!r} asks for something that only"
+                    f" engine='dense' does; engine='factored' needs {name}={only!r} (it is exact"
+                    " SGD, writes no weight and so rounds none). Leave one of the two out."
+                )
 
     def _check_group(self, i: int, group: Mapping[str, Any]) -> None:
         unknown = sorted(set(group) - {"params", *_GROUP_OPTIONS})

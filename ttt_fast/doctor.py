@@ -1,7 +1,12 @@
-"""What ``ttt-fast doctor`` says: versions, backends, and the memory that a run would need."""
+"""What ``ttt-fast doctor`` says: versions, backends, speeds, and what a run would need.
+
+For a model it names the engine that would adapt it, why, and the memory, from the model's
+configuration alone. ``--calibrate`` measures the speeds that the choice rests on.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -12,11 +17,54 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ttt_fast import Selection, TTTConfig, __version__, select_parameters
+from ttt_fast import Selection, TTTConfig, __version__, calibration, select_parameters
 from ttt_fast.backend import available_backends
 from ttt_fast.demo import demo_model_folder
+from ttt_fast.engines import policy
 from ttt_fast.naive import prompt_loss
-from ttt_fast.reference import compute_dtype
+
+
+def report(
+    config: TTTConfig,
+    *,
+    model: str | None = None,
+    dtype: str = "auto",
+    tokens: int = 256,
+    deltas: int = 1,
+    calibrate: bool = False,
+) -> dict[str, Any]:
+    """Everything that ``ttt-fast doctor`` says, as one JSON-able dict.
+
+    Args:
+        config: settings of the run.
+        model: folder, hub name or "demo"; None for the machine alone.
+        dtype: "auto" (the configuration's own) or a torch dtype's name.
+        tokens: prompt length.
+        deltas: prompts that adapt at once.
+        calibrate: measure the machine's speeds first (half a minute for each dtype, with a bar on
+            stderr) and keep them for later runs.
+
+    Returns:
+        "system" (:func:`system`), "machine" (dtype -> the speeds in use), and with a model "memory"
+        (:func:`memory`) and "engine" (the policy's choice).
+
+    Raises:
+        ValueError: unknown architecture or scope, or an engine that cannot do it.
+        OSError: there is no such model, or the cache folder cannot be written.
+    """
+    result: dict[str, Any] = {"system": system()}
+    dtypes = ["float32", "bfloat16"] if dtype == "auto" else [dtype]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in dtypes if calibrate else ():
+        calibration.calibrate(name, device)
+    if model is not None:
+        plan = _plan(model, config, dtype, tokens, deltas, device)
+        result["memory"], result["engine"] = plan
+        dtypes = [plan[0]["dtype"]]
+    result["machine"] = {
+        name: dataclasses.asdict(calibration.machine(name, device)) for name in dtypes
+    }
+    return result
 
 
 def system() -> dict[str, Any]:
@@ -39,48 +87,57 @@ def system() -> dict[str, Any]:
     }
 
 
-def memory(name: str, config: TTTConfig, dtype: str, tokens: int) -> dict[str, Any]:
+def memory(
+    name: str, config: TTTConfig, dtype: str, tokens: int, deltas: int = 1
+) -> dict[str, Any]:
     """Memory that an adaptation needs, from the model's configuration alone: no weight is loaded.
 
     Args:
         name: folder, hub name or "demo".
-        config: settings; scope, layers, optimizer, momentum, accumulate and snapshot matter. The
-            number of steps does not: from step to step nothing is kept but the optimizer's state.
+        config: settings.
         dtype: "auto" (the configuration's own) or a torch dtype's name.
         tokens: prompt length.
+        deltas: prompts that adapt at once.
 
     Returns:
-        numbers of parameters, and bytes by use; "activations" is None where the forward looks at
-        values.
+        numbers of parameters, the engine that would run, and bytes by use above the model;
+        "activations" is None where the forward looks at values.
 
     Raises:
-        ValueError: unknown architecture or scope.
+        ValueError: unknown architecture or scope, or an engine that cannot do it.
         OSError: there is no such model.
     """
+    return _plan(name, config, dtype, tokens, deltas, "cpu")[0]
+
+
+def _plan(
+    name: str, config: TTTConfig, dtype: str, tokens: int, deltas: int, device: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Memory and engine of a run."""
     with FakeTensorMode():
         model = _weightless_model(name, dtype)
         selections = select_parameters(model, config.scope, config.layers)
-        views = [selection.view() for selection in selections]
+        limit = getattr(config, "memory_budget", None) or policy.free_bytes(device)
+        work = policy.workload(model, selections, config, deltas, tokens, limit)
         activation_bytes = _saved_bytes(model, selections, tokens)
-    selected_bytes = sum(view.nbytes for view in views)
-    wide_bytes = sum(view.numel() * compute_dtype(view.dtype).itemsize for view in views)
-    if config.optimizer == "adamw":
-        state_bytes = 2 * (selected_bytes if config.rounding == "torch" else wide_bytes)
+    speeds = calibration.machine(model.dtype, device)
+    choice = policy.choose(work, speeds, config.engine)
+    rows = 1
+    if choice.engine == "factored":
+        rows = choice.deltas_at_once
+        needs = {"factors": policy.factored_bytes(work)["factors"]}
     else:
-        state_bytes = selected_bytes if config.momentum > 0 else 0
-    needs = {
-        "snapshot": selected_bytes,
-        "gradients": selected_bytes,
-        "optimizer": state_bytes,
-        "delta": wide_bytes if config.accumulate == "delta" else 0,
-        "activations": activation_bytes,
-    }
-    return {
+        needs = policy.dense_bytes(work)
+    needs["activations"] = None if activation_bytes is None else rows * activation_bytes
+    needs.pop("logits", None)  # the loss saves them, so they are among the activations
+    report = {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "scope": str(config.scope),
         "steps": config.steps,
         "tokens": tokens,
+        "deltas": deltas,
+        "engine": choice.engine,
         "snapshot_where": config.snapshot,
         "parameters": sum(param.numel() for param in model.parameters()),
         "selected_parameters": sum(selection.numel for selection in selections),
@@ -89,6 +146,7 @@ def memory(name: str, config: TTTConfig, dtype: str, tokens: int) -> dict[str, A
         "bytes": needs,
         "total_bytes": sum(value or 0 for value in needs.values()),
     }
+    return report, dataclasses.asdict(choice)
 
 
 def page(report: dict[str, Any]) -> str:
@@ -104,8 +162,9 @@ def page(report: dict[str, Any]) -> str:
         f"backend {name:<6} {'available' if state == 'ok' else f'not available: {state}'}"
         for name, state in facts["backends"].items()
     ]
+    lines += [f"speeds {name:<7} {speeds['source']}" for name, speeds in report["machine"].items()]
     if "memory" in report:
-        lines += ["", *_memory_lines(report["memory"])]
+        lines += ["", *_memory_lines(report["memory"]), *_engine_lines(report["engine"])]
     return "\n".join(lines)
 
 
@@ -116,17 +175,20 @@ def _memory_lines(need: dict[str, Any]) -> list[str]:
             "host": "a copy of the selected weights, in host memory",
             "undo": "at most; 6 bytes for each weight that a step changes",
         }[need["snapshot_where"]],
-        "gradients": "one for each selected weight, reused from step to step",
+        "gradients": "of the layers for which factors would cost more, reused from step to step",
         "optimizer": "momentum, or AdamW's two moments",
         "delta": "fp32, with accumulate=delta",
-        "activations": f"saved for the backward pass of {need['tokens']} tokens, one prompt",
+        "weights": "of the deltas that wait for their turn",
+        "factors": f"of {need['steps']} steps; in place of gradients, momentum and snapshot",
+        "activations": f"saved for the backward pass of {need['tokens']} tokens",
     }
     lines = [
         f"{need['model']} in {need['dtype']}: {need['parameters'] / 1e6:.1f} M parameters, "
         f"{_mib(need['model_bytes'])}",
         f"scope {need['scope']}: {need['selected_parameters'] / 1e6:.1f} M parameters in "
         f"{need['selected_tensors']} tensors",
-        f"needed above the model for {need['steps']} steps (any number needs the same):",
+        f"needed above the model by the {need['engine']} engine for {need['steps']} steps on "
+        f"{need['deltas']} prompt{'s' * (need['deltas'] != 1)}:",
     ]
     for use, number in need["bytes"].items():
         if number != 0:
@@ -134,6 +196,15 @@ def _memory_lines(need: dict[str, Any]) -> list[str]:
             lines.append(f"  {use:<12} {size:>14}   {words[use]}")
     lines.append(f"  {'total':<12} {_mib(need['total_bytes']):>14}")
     return lines
+
+
+def _engine_lines(choice: dict[str, Any]) -> list[str]:
+    ms = choice["predicted_ms"]
+    return [
+        f"engine {choice['reason']}",
+        "  predicted for one step of one prompt: "
+        + ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in ms.items()),
+    ]
 
 
 def _mib(number: int) -> str:

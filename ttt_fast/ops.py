@@ -12,17 +12,20 @@ float32 (float64 for float64).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ttt_fast import reference
-from ttt_fast.backend import resolve_backend
+from ttt_fast.backend import BACKENDS, resolve_backend
 from ttt_fast.reference import compute_dtype
 from ttt_fast.undo import UndoLog
 
-__all__ = ["UndoLog", "adamw_", "checksum", "copy_", "grad_norm", "sgd_", "undo_restore_"]
+__all__ = [
+    "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear", "grad_norm",
+    "gram_norm", "nll_", "rank_update_", "sgd_", "undo_restore_",
+]  # fmt: skip
 
 ROUNDINGS = ("nearest", "stochastic", "torch")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,33 +39,52 @@ _UPDATE_TENSORS = (
     "Tensor(d!)[] deltas, Tensor[] bases, Tensor? grad_norm, Tensor? grad_scale, "
     "Tensor? found_inf, Tensor(e!)? landed, Tensor(f!)[] undo, int[] undo_offsets, *, "
 )
-# name -> (arguments, returned, names of the tensor lists that the op mutates).
-# csrc/ops.cpp registers the same arguments, less `backend`, in the namespace ttt_fast_cpp.
-SCHEMAS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "sgd_": (
+
+
+class OpSchema(NamedTuple):
+    """One op: its arguments less ``backend``, what it returns and writes, who implements it."""
+
+    arguments: str
+    returned: str = "()"
+    mutated: tuple[str, ...] = ()  # names of the tensors and lists whose versions are to be bumped
+    backends: tuple[str, ...] = BACKENDS
+
+
+# csrc/ops.cpp registers the same arguments, of the ops that exist in "cpp", in the namespace
+# ttt_fast_cpp.
+SCHEMAS: dict[str, OpSchema] = {
+    "sgd_": OpSchema(
         "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, " + _UPDATE_TENSORS
         + "float lr, float momentum, float dampening, bool nesterov, float weight_decay, "
         "bool decoupled_weight_decay, bool maximize, bool first_step, float max_grad_norm, "
         "str rounding, int seed",
-        "()",
-        ("params", "momentum_buffers", "deltas"),
+        mutated=("params", "momentum_buffers", "deltas"),
     ),
-    "adamw_": (
+    "adamw_": OpSchema(
         "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         + _UPDATE_TENSORS
         + "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
         "int step_index, float max_grad_norm, str rounding, int seed",
-        "()",
-        ("params", "exp_avgs", "exp_avg_sqs", "deltas"),
+        mutated=("params", "exp_avgs", "exp_avg_sqs", "deltas"),
     ),
-    "grad_norm": ("Tensor[] grads", "Tensor", ()),
-    "copy_": ("Tensor(a!)[] dsts, Tensor[] srcs", "()", ("dsts",)),
-    "undo_restore_": (
-        "Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets",
-        "()",
-        ("params",),
+    "grad_norm": OpSchema("Tensor[] grads", "Tensor"),
+    "gram_norm": OpSchema("Tensor x, Tensor dy", "Tensor"),
+    "delta_linear": OpSchema(
+        "Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho", "Tensor",
     ),
-    "checksum": ("Tensor[] tensors", "Tensor", ()),
+    "rank_update_": OpSchema(
+        "Tensor(a!) weight, Tensor x, Tensor dy, Tensor beta, *, float scale, str rounding, "
+        "int seed",
+        mutated=("weight",), backends=("torch",),
+    ),
+    "nll_": OpSchema(
+        "Tensor(a!) logits, Tensor targets, *, int ignore_index", "Tensor", mutated=("logits",)
+    ),
+    "copy_": OpSchema("Tensor(a!)[] dsts, Tensor[] srcs", mutated=("dsts",)),
+    "undo_restore_": OpSchema(
+        "Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets", mutated=("params",)
+    ),
+    "checksum": OpSchema("Tensor[] tensors", "Tensor"),
 }  # fmt: skip
 
 
@@ -70,10 +92,10 @@ def _implementation(name: str) -> Callable[..., Any]:
     """The function behind ``torch.ops.ttt_fast.<name>``: call the backend, bump versions."""
     argument_names = [
         part.split("=")[0].split()[-1]
-        for part in SCHEMAS[name][0].split(",")
+        for part in SCHEMAS[name].arguments.split(",")
         if "*" not in part.split()
     ]
-    mutated = SCHEMAS[name][2]
+    mutated = SCHEMAS[name].mutated
 
     def run(*args: Any, backend: str, **kwargs: Any) -> Any:
         if backend == "torch":
@@ -84,8 +106,9 @@ def _implementation(name: str) -> Callable[..., Any]:
         for argument in mutated:
             # Raw-memory writes do not show up in autograd's "modified in place" check by
             # themselves.
-            if named[argument] and backend != "torch":
-                torch.autograd.graph.increment_version(named[argument])
+            written = named[argument]
+            if backend != "torch" and (isinstance(written, Tensor) or written):
+                torch.autograd.graph.increment_version(written)
         return result
 
     return run
@@ -93,11 +116,11 @@ def _implementation(name: str) -> Callable[..., Any]:
 
 def _register() -> None:
     """Define every op with its schema, implementation and, if it returns nothing, its fake."""
-    for name, (arguments, returned, _) in SCHEMAS.items():
-        separator = ", " if "*" in arguments else ", *, "
-        _LIBRARY.define(f"{name}({arguments}{separator}str backend) -> {returned}")
+    for name, schema in SCHEMAS.items():
+        separator = ", " if "*" in schema.arguments else ", *, "
+        _LIBRARY.define(f"{name}({schema.arguments}{separator}str backend) -> {schema.returned}")
         _LIBRARY.impl(name, _implementation(name), "CompositeExplicitAutograd")
-        if returned == "()":
+        if schema.returned == "()":
             torch.library.register_fake(
                 f"ttt_fast::{name}", lambda *args, **kwargs: None, lib=_LIBRARY
             )
@@ -113,16 +136,77 @@ def _grad_norm_fake(grads: Sequence[Tensor], *, backend: str) -> Tensor:
     return torch.empty((), dtype=torch.float64 if double else torch.float32, device=device)
 
 
+@torch.library.register_fake("ttt_fast::gram_norm", lib=_LIBRARY)
+def _gram_norm_fake(x: Tensor, dy: Tensor, *, backend: str) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=compute_dtype(x.dtype))
+
+
+@torch.library.register_fake("ttt_fast::delta_linear", lib=_LIBRARY)
+def _delta_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    d: Tensor,
+    beta: Tensor,
+    rho: Tensor | None,
+    *,
+    backend: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
+
+
+@torch.library.register_fake("ttt_fast::nll_", lib=_LIBRARY)
+def _nll_fake(logits: Tensor, targets: Tensor, *, ignore_index: int, backend: str) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits.dtype))
+
+
 @torch.library.register_fake("ttt_fast::checksum", lib=_LIBRARY)
 def _checksum_fake(tensors: Sequence[Tensor], *, backend: str) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-# ---------------------------------------------------------------------------- checks
+# ---------------------------------------------------------------------------- backends
+
+
+def backend_for(op: str, backend: str) -> str:
+    """Return what to ask ``op`` for when ``backend`` is a setting for all ops of a run.
+
+    An op refuses a backend that it does not exist in. A run that is set to "cpp" means C++ wherever
+    there is any, so for the other ops this is "auto".
+
+    Args:
+        op: name of the op, as "delta_linear".
+        backend: "auto", "torch" or "cpp".
+    """
+    absent = backend in BACKENDS and backend not in SCHEMAS[op].backends
+    return "auto" if absent else backend
+
+
+def _chosen(op: str, device_type: str, backend: str) -> str:
+    return resolve_backend(device_type, backend, implemented=SCHEMAS[op].backends, op=op)
+
+
+def implementation(op: str, device_type: str, backend: str = "auto") -> Callable[..., Any]:
+    """The function that runs an op: without checks, without dispatcher, for calls in inner loops.
+
+    It takes the op's arguments in their order; options after ``*`` as keywords.
+
+    Args:
+        op: name of the op.
+        device_type: "cpu", "cuda", ...
+        backend: "auto", "torch" or "cpp", as for the op.
+    """
+    chosen = _chosen(op, device_type, backend)
+    if chosen == "torch":
+        return getattr(reference, op)
+    return getattr(getattr(torch.ops, f"ttt_fast_{chosen}"), op).default
 
 
 def _device_type(tensors: Sequence[Tensor]) -> str:
     return tensors[0].device.type if tensors else "cpu"
+
+
+# ---------------------------------------------------------------------------- checks
 
 
 def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
@@ -214,9 +298,9 @@ def _check_update(
             )
 
 
-def _update_backend(params: Sequence[Tensor], rounding: str, backend: str) -> str:
+def _update_backend(op: str, params: Sequence[Tensor], rounding: str, backend: str) -> str:
     """rounding="torch" *is* torch's foreach code, so it runs there and nowhere else."""
-    chosen = resolve_backend(_device_type(params), backend)
+    chosen = _chosen(op, _device_type(params), backend)
     if rounding != "torch":
         return chosen
     if backend not in ("auto", "torch"):
@@ -225,6 +309,50 @@ def _update_backend(params: Sequence[Tensor], rounding: str, backend: str) -> st
             "use backend='auto', or rounding='nearest'."
         )
     return "torch"
+
+
+_COEFFICIENTS = (torch.float32, torch.float64)
+
+
+def _check_factors(
+    op: str,
+    lead: Tensor,
+    tensors: Sequence[tuple[str, Tensor, tuple[str, ...], tuple[torch.dtype, ...]]],
+    sizes: dict[str, int],
+) -> None:
+    """Check tensors given as (name, tensor, names of its axes, dtypes).
+
+    An axis has one size everywhere, that of ``sizes`` or of the first tensor that has it. All are
+    on the device of ``lead``; no dtypes: that of ``lead``.
+    """
+    device, dtype = lead.device, lead.dtype
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{op}: tensors of {str(dtype).removeprefix('torch.')} are not supported; float32, "
+            "bfloat16, float16 and float64 are. Convert them."
+        )
+    for name, tensor, axes, dtypes in tensors:
+        shape = tensor.shape
+        known = dict(sizes)
+        fits = len(shape) == len(axes)
+        for axis, size in zip(axes, shape, strict=False):
+            fits = fits and sizes.setdefault(axis, size) == size
+        if not fits:
+            said = ", ".join(f"{axis} = {known[axis]}" for axis in axes if axis in known)
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(shape)}; it must be ({', '.join(axes)})"
+                f"{' with ' if said else ''}{said}."
+            )
+        if tensor.dtype != dtype if not dtypes else tensor.dtype not in dtypes:
+            allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes or (dtype,))
+            raise ValueError(
+                f"{op}: {name} is {str(tensor.dtype).removeprefix('torch.')}; it must be {allowed}."
+                " Convert it."
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, other tensors on {device}; move it there."
+            )
 
 
 # ---------------------------------------------------------------------------- public ops
@@ -312,7 +440,7 @@ def sgd_(
         dampening=float(dampening), nesterov=nesterov, weight_decay=float(weight_decay),
         decoupled_weight_decay=decoupled_weight_decay, maximize=maximize, first_step=first_step,
         max_grad_norm=-1.0 if max_grad_norm is None else float(max_grad_norm), rounding=rounding,
-        seed=seed, backend=_update_backend(params, rounding, backend),
+        seed=seed, backend=_update_backend("sgd_", params, rounding, backend),
     )  # fmt: skip
 
 
@@ -389,7 +517,7 @@ def adamw_(
         undo.offsets if undo else [], lr=float(lr), beta1=float(betas[0]), beta2=float(betas[1]),
         eps=float(eps), weight_decay=float(weight_decay), maximize=maximize, step_index=step_index,
         max_grad_norm=-1.0 if max_grad_norm is None else float(max_grad_norm), rounding=rounding,
-        seed=seed, backend=_update_backend(params, rounding, backend),
+        seed=seed, backend=_update_backend("adamw_", params, rounding, backend),
     )  # fmt: skip
 
 
@@ -410,12 +538,213 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     for grad in grads:
         by_device.setdefault(grad.device, []).append(grad)
     norms = [
-        torch.ops.ttt_fast.grad_norm(local, backend=resolve_backend(device.type, backend))
+        torch.ops.ttt_fast.grad_norm(local, backend=_chosen("grad_norm", device.type, backend))
         for device, local in (by_device or {torch.device("cpu"): []}).items()
     ]
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def gram_norm(x: Tensor, dy: Tensor, *, backend: str = "auto") -> Tensor:
+    """Squared Frobenius norm of dyᵀ x for each delta, without forming it:  Σ (x xᵀ) ∘ (dy dyᵀ).
+
+    The "ghost norm" of Goodfellow (2015) and Li et al. (2022). All products are in the compute
+    type, whatever the storage. Tokens that do not count (padding) must be rows of zeros. Not
+    differentiable.
+
+    Args:
+        x: layer inputs, (B, M, in).
+        dy: gradients at the layer's output, (B, M, out), same dtype and device.
+        backend: "auto", "torch" or "cpp".
+
+    Returns:
+        (B,) float32, or float64 for float64; never negative.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree.
+    """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return gram_norm(x, dy, backend=backend)
+    if not (
+        x.dim() == dy.dim() == 3
+        and x.shape[:2] == dy.shape[:2]
+        and x.dtype == dy.dtype
+        and x.dtype in _DTYPES
+        and x.device == dy.device
+    ):
+        tensors = [("x", x, ("B", "M", "in"), ()), ("dy", dy, ("B", "M", "out"), ())]
+        _check_factors("gram_norm", x, tensors, {})
+    return torch.ops.ttt_fast.gram_norm(x, dy, backend=_chosen("gram_norm", x.device.type, backend))
+
+
+def delta_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    d: Tensor,
+    beta: Tensor,
+    rho: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply a linear layer whose weight is ρ W₀ − Σ_r β_r d_r a_rᵀ, another one for each delta.
+
+        y = ρ · x Wᵀ − ((x aᵀ) ∘ β) d
+
+    The gradient at its input is the same op with Wᵀ for W and a, d swapped:
+    ``delta_linear(dy, weight.t(), d, a, beta, rho)``. Everything is in the compute type and y is
+    rounded once, so that a delta below the rounding of x Wᵀ is not lost. Not differentiable.
+
+    Args:
+        x: inputs, (B, M, in).
+        weight: (out, in), may be a transposed view; shared by all deltas. None for 0: the delta
+            alone.
+        a: inputs of earlier steps, (B, R, in); may be the first R rows of larger buffers (copied
+            only in 16 bits on a CPU where B > 1). R may be 0.
+        d: their gradients at the output, (B, R, out), likewise.
+        beta: coefficient of each row of ``a``, (B, R), float32 or float64.
+        rho: factor of ``weight``, (B,) float32 or float64; None for 1.
+        backend: "auto", "torch" or "cpp" (all but float16).
+
+    Returns:
+        (B, M, out), in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree.
+    """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return delta_linear(x, weight, a, d, beta, rho, backend=backend)
+    tensors = [
+        ("x", x, ("B", "M", "in"), ()),
+        ("a", a, ("B", "R", "in"), ()),
+        ("d", d, ("B", "R", "out"), ()),
+        ("beta", beta, ("B", "R"), _COEFFICIENTS),
+    ]
+    if weight is not None:
+        tensors.insert(1, ("weight", weight, ("out", "in"), ()))
+    if rho is not None:
+        tensors.append(("rho", rho, ("B",), _COEFFICIENTS))
+    _check_factors("delta_linear", x, tensors, {})
+    chosen = _chosen("delta_linear", x.device.type, backend)
+    if chosen == "cpp" and x.dtype == torch.float16:
+        if backend == "cpp":
+            raise ValueError(
+                "delta_linear: x is float16, which backend='cpp' does not have; use backend='auto'"
+                " or convert."
+            )
+        chosen = "torch"
+    wide = compute_dtype(x.dtype)
+    if weight is not None and 1 not in weight.stride():
+        weight = weight.contiguous()
+    a, d = (t if t.stride(2) == 1 else t.contiguous() for t in (a, d))
+    beta = beta.to(wide).contiguous()
+    rho = None if rho is None else rho.to(wide).contiguous()
+    return torch.ops.ttt_fast.delta_linear(x.contiguous(), weight, a, d, beta, rho, backend=chosen)
+
+
+@torch.no_grad()
+def rank_update_(
+    weight: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    beta: Tensor,
+    *,
+    scale: float = 1.0,
+    rounding: str = "nearest",
+    seed: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Add a product of factors to a weight, in place, rounding once.
+
+        W ← round(scale · W + dyᵀ diag(β) x)
+
+    Sums are in the compute type. The weight is taken in blocks of rows, so that what a 16-bit
+    weight needs beside it is small. Not differentiable.
+
+    Args:
+        weight: (out, in), or (n, out / n, in) as slices of a fused projection are; any strides.
+            Mutated.
+        x: (R, in), weight's dtype or its compute type. R may be 0.
+        dy: (R, out), likewise.
+        beta: (R,), float32 or float64.
+        scale: factor of the weight.
+        rounding: "nearest" or "stochastic" (seeded, 16-bit weights; the bits of tensor 0 of
+            ``reference.random_bits``, elements of the weight counted row by row).
+        seed: counter of the random bits.
+        backend: "auto" or "torch".
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or unknown rounding.
+    """
+    if weight.dim() not in (2, 3):
+        raise ValueError(
+            f"rank_update_: weight has shape {tuple(weight.shape)}; it must be (out, in) or "
+            "(n, out / n, in)."
+        )
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(
+            f"rank_update_: rounding={rounding!r} is unknown; use 'nearest' or 'stochastic'."
+        )
+    storage = (weight.dtype, compute_dtype(weight.dtype))
+    tensors = [
+        ("x", x, ("R", "in"), storage),
+        ("dy", dy, ("R", "out"), storage),
+        ("beta", beta, ("R",), _COEFFICIENTS),
+    ]
+    sizes = {"out": weight.shape[:-1].numel(), "in": weight.shape[-1]}
+    _check_factors("rank_update_", weight, tensors, sizes)
+    torch.ops.ttt_fast.rank_update_(
+        weight, x, dy, beta, scale=float(scale), rounding=rounding, seed=seed,
+        backend=_chosen("rank_update_", weight.device.type, backend),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def nll_(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str = "auto"
+) -> Tensor:
+    """Negative log-likelihood of each token; its gradient takes the place of the logits.
+
+        loss = −log softmax(logits)[target],    logits ← softmax(logits) − onehot(target)
+
+    Statistics are in the compute type. Gradients smaller than 2⁻¹⁰⁰ become 0: as denormal numbers
+    they would slow down every later product on a CPU. A row with a NaN or +∞ has a loss that is not
+    finite, −∞ is a token that cannot be. Not differentiable: the caller multiplies ``logits`` by
+    the gradient of its loss.
+
+    Args:
+        logits: (M, V), any strides, V ≥ 1. Mutated; rows that are ignored become 0.
+        targets: (M,) int64.
+        ignore_index: target of the rows that do not count.
+        backend: "auto", "torch" or "cpp".
+
+    Returns:
+        (M,) float32, or float64 for float64; 0 where ignored.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or a target is out of range. On other
+            devices than the CPU, which would have to be waited for, that row's loss is NaN instead.
+    """
+    tensors = [("logits", logits, ("M", "V"), ()), ("targets", targets, ("M",), (torch.int64,))]
+    _check_factors("nll_", logits, tensors, {})
+    vocabulary = logits.shape[1]
+    if vocabulary == 0:
+        raise ValueError("nll_: logits have no columns; V must be at least 1.")
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"nll_: targets[{row}] is {int(targets[row])}; it must be between 0 and "
+                f"{vocabulary - 1}, or ignore_index={ignore_index} for a row that does not count."
+            )
+    return torch.ops.ttt_fast.nll_(
+        logits, targets, ignore_index=ignore_index,
+        backend=_chosen("nll_", logits.device.type, backend),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -442,7 +771,7 @@ def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor], *, backend: str = "aut
     crossing = len(devices) > 1
     # Between devices only torch can copy; that is what "auto" means there.
     chosen = (
-        "torch" if crossing and backend == "auto" else resolve_backend(_device_type(dsts), backend)
+        "torch" if crossing and backend == "auto" else _chosen("copy_", _device_type(dsts), backend)
     )
     torch.ops.ttt_fast.copy_(list(dsts), list(srcs), backend=chosen)
 
@@ -456,12 +785,12 @@ def undo_restore_(params: Sequence[Tensor], undo: UndoLog, *, backend: str = "au
         undo: the log; it stays as it is, so that restoring again changes nothing.
         backend: "auto", "torch" or "cpp".
     """
-    chosen = resolve_backend(_device_type(params), backend)
+    chosen = _chosen("undo_restore_", _device_type(params), backend)
     torch.ops.ttt_fast.undo_restore_(list(params), undo.tensors, undo.offsets, backend=chosen)
 
 
 @torch.no_grad()
 def checksum(tensors: Sequence[Tensor], *, backend: str = "auto") -> int:
     """64-bit checksum of the bits of all tensors in order (formula: ``reference.checksum``)."""
-    chosen = resolve_backend(_device_type(tensors), backend)
+    chosen = _chosen("checksum", _device_type(tensors), backend)
     return int(torch.ops.ttt_fast.checksum(list(tensors), backend=chosen))

@@ -20,6 +20,15 @@ from torch.optim.sgd import sgd as _torch_sgd
 # whole.
 UNDO_CHUNK = 65536
 
+# rank_update_ works on this many elements of the weight at a time.
+RANK_UPDATE_ELEMENTS = 1 << 20
+
+# nll_ turns smaller gradients into 0. Tails of a softmax are denormal float32 numbers otherwise,
+# which slow down every product that reads them on a CPU.
+NLL_SMALLEST = 2.0**-100
+# It works on this many logits at a time.
+NLL_ELEMENTS = 1 << 24
+
 _MASK32 = 0xFFFFFFFF
 _GOLDEN64 = 0x9E3779B97F4A7C15
 _BITS_DTYPE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -50,17 +59,19 @@ def _lowbias32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def random_bits(seed: int, tensor_index: int, numel: int, device: torch.device) -> Tensor:
+def random_bits(
+    seed: int, tensor_index: int, numel: int, device: torch.device, start: int = 0
+) -> Tensor:
     """Counter-based random bits: 32 for each element, the same on every backend.
 
         key = splitmix64(splitmix64(seed) + tensor_index)
         bits_i = h(h(lo(i) ^ lo(key)) ^ (hi(key) + hi(i)·0x9E3779B9)),   h = lowbias32
 
     Returns:
-        (numel,) int64, values below 2³².
+        (numel,) int64, values below 2³², for i = start, start + 1, ...
     """
     key = _splitmix64((_splitmix64(seed & 0xFFFFFFFFFFFFFFFF) + tensor_index) & 0xFFFFFFFFFFFFFFFF)
-    i = torch.arange(numel, dtype=torch.int64, device=device)
+    i = torch.arange(start, start + numel, dtype=torch.int64, device=device)
     high = ((key >> 32) + (i >> 32) * 0x9E3779B9) & _MASK32
     return _lowbias32(_lowbias32((i & _MASK32) ^ (key & _MASK32)) ^ high)
 
@@ -362,6 +373,105 @@ def adamw_(
             i, param, step, rounding=rounding, seed=seed, deltas=deltas, bases=bases,
             landed=landed, undo=undo, undo_offsets=undo_offsets,
         )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- gradients as factors
+
+
+def gram_norm(x: Tensor, dy: Tensor) -> Tensor:
+    """See :func:`ttt_fast.ops.gram_norm`."""
+    x, dy = x.to(compute_dtype(x.dtype)), dy.to(compute_dtype(dy.dtype))
+    squared = (torch.bmm(x, x.mT) * torch.bmm(dy, dy.mT)).sum((1, 2))
+    # Tokens that cancel each other leave rounding errors of either sign.
+    return squared.clamp_(min=0.0)
+
+
+def delta_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    d: Tensor,
+    beta: Tensor,
+    rho: Tensor | None = None,
+) -> Tensor:
+    """See :func:`ttt_fast.ops.delta_linear`."""
+    batch, tokens, width = x.shape
+    wide = compute_dtype(x.dtype)
+    if weight is None:
+        y = x.new_zeros(batch, tokens, d.shape[2], dtype=wide)
+    else:
+        y = x.reshape(batch * tokens, width).to(wide).mm(weight.t().to(wide))
+        y = y.view(batch, tokens, -1)
+    if rho is not None:
+        y.mul_(rho[:, None, None])
+    beta, a, d = beta.to(wide), a.to(wide), d.to(wide)
+    if batch == 1:  # faster as matrices than as a batch
+        y[0].addmm_(x[0].to(wide).mm(a[0].t()).mul_(beta[0]), d[0], alpha=-1)
+    else:
+        y.baddbmm_(x.to(wide).bmm(a.mT).mul_(beta[:, None]), d, alpha=-1)
+    return y.to(x.dtype)
+
+
+def rank_update_(
+    weight: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    beta: Tensor,
+    *,
+    scale: float = 1.0,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> None:
+    """See :func:`ttt_fast.ops.rank_update_`, which checks the arguments."""
+    wide = compute_dtype(weight.dtype)
+    width = weight.shape[-1]
+    scaled = x.to(wide) * beta.to(wide)[:, None]
+    rows = max(1, RANK_UPDATE_ELEMENTS // max(1, width))
+    first = 0
+    for group in weight if weight.dim() == 3 else (weight,):
+        for block in group.split(rows):
+            columns = dy[:, first : first + block.shape[0]].to(wide)
+            if weight.dtype == wide:
+                block.addmm_(columns.t(), scaled, beta=scale)
+            else:
+                target = columns.t().mm(scaled).add_(block, alpha=scale)
+                if rounding == "stochastic":
+                    bits = random_bits(seed, 0, block.numel(), block.device, first * width)
+                    target = round_stochastic(target, weight.dtype, bits)
+                block.copy_(target)
+            first += block.shape[0]
+
+
+def nll_(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """See :func:`ttt_fast.ops.nll_`.
+
+    With e = exp(z − max z) and o the sum of e without the target's:
+
+        loss = max z − z_t + log1p(o + (e_t − 1)),    dz = e / Σe,    dz_t = −o / Σe
+
+    which loses no digits where the target is nearly certain, as softmax − 1 does. A target out of
+    range gives NaN: on a GPU nothing else can be said without waiting for it.
+    """
+    losses = logits.new_empty(targets.shape, dtype=compute_dtype(logits.dtype))
+    rows = max(1, NLL_ELEMENTS // logits.shape[1])
+    blocks = zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True)
+    for block, target, loss in blocks:
+        z = block.to(losses.dtype)
+        kept = target != ignore_index
+        column = target.clamp(0, z.shape[1] - 1)
+        outside = kept & (target != column)
+        column = column[:, None]
+        maximum = z.amax(1, keepdim=True)
+        e = (z - maximum).exp_()
+        e_target = e.gather(1, column).masked_fill_(outside[:, None], torch.nan)
+        others = e.scatter_(1, column, 0.0).sum(1, keepdim=True)
+        total = others + e_target
+        value = (maximum - z.gather(1, column)) + torch.log1p(others + (e_target - 1.0))
+        loss.copy_(value[:, 0].masked_fill_(~kept, 0.0))
+        e.scatter_(1, column, -others)
+        e.masked_fill_(e.abs() < NLL_SMALLEST * total, 0.0).mul_(1.0 / total)
+        block.copy_(e.masked_fill_(~kept[:, None], 0.0))
+    return losses
 
 
 # ---------------------------------------------------------------------------- copies and undo

@@ -24,12 +24,16 @@ from torch import Tensor, nn
 from ttt_fast.batch import Batch, complete_batch, forward_arguments
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.dense import DenseEngine
+from ttt_fast.engines.factored import FactoredEngine
+from ttt_fast.engines.policy import Choice
 from ttt_fast.objective import Objective, reduce_rows
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
 
 if TYPE_CHECKING:
     from ttt_fast.adaptation import Adaptation
+
+Engine = DenseEngine | FactoredEngine
 
 
 class DivergedError(RuntimeError):
@@ -61,6 +65,15 @@ class StepReport:
     losses: Tensor
     grad_norms: Tensor
 
+    def of(self, delta: int) -> StepReport:
+        """The report of one delta: NaN for the others."""
+        others = torch.arange(len(self.losses), device=self.losses.device) != delta
+        return StepReport(
+            self.step,
+            self.losses.masked_fill(others, torch.nan),
+            self.grad_norms.masked_fill(others, torch.nan),
+        )
+
 
 class Session:
     """Steps on one or several deltas, from :meth:`TTTTrainer.begin`; its ``with`` block aborts."""
@@ -69,10 +82,12 @@ class Session:
     def __init__(
         self,
         model: nn.Module,
-        engine: DenseEngine,
+        engine: Engine,
         config: TTTConfig,
         n_deltas: int,
         objective: Objective,
+        keep_diverged: bool = False,
+        **begin: Any,
     ) -> None:
         require_free(model)
         self.model = model
@@ -80,18 +95,23 @@ class Session:
         self.config = config
         self.n_deltas = n_deltas
         self.objective = objective
-        self.phases = Phases(engine.views[0].device)
+        self.keep_diverged = keep_diverged
+        self.choice: Choice | None = None
+        param = engine.selections[0].param
+        self.phases = Phases(param.device)
+        self._dtype = compute_dtype(param.dtype)
         self.steps = 0
         self._history: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(n_deltas)]
-        self._found_inf = [torch.zeros((), device=engine.views[0].device) for _ in range(n_deltas)]
+        self._found_inf = torch.zeros(n_deltas, device=self.phases.device)
         self._checked = [0] * n_deltas
         self._arguments = forward_arguments(model)
         self._open = True
         hold(model, self)
         try:
-            with self.phases("snapshot"):
-                engine.begin(n_deltas)
+            with uninterrupted(), self.phases("snapshot"):
+                engine.begin(n_deltas, **begin)
         except BaseException:
+            engine.cancel()
             self._release()
             raise
 
@@ -106,11 +126,15 @@ class Session:
             ValueError: the batch does not fit; the session goes on.
         """
         self._require_open()
-        return self.step_parts(complete_batch(batch, self.model, self.n_deltas).by_delta())
+        return self.step_parts(self.parts(complete_batch(batch, self.model, self.n_deltas)))
+
+    def parts(self, batch: Batch) -> list[tuple[tuple[int, ...], Batch]]:
+        """What goes through the model together: deltas and their rows, of a complete batch."""
+        return parts_of(batch, self.engine, self.config)
 
     @torch.inference_mode(False)
-    def step_parts(self, parts: Sequence[tuple[int, Batch]]) -> StepReport:
-        """:meth:`step` on the parts of a complete batch, for the same one many times.
+    def step_parts(self, parts: Sequence[tuple[tuple[int, ...], Batch]]) -> StepReport:
+        """:meth:`step` on the :meth:`parts` of a batch, for the same one many times.
 
         Checking a batch and dividing it by delta waits for the device; this does not.
         """
@@ -119,11 +143,12 @@ class Session:
         norms = self._nan_per_delta()
         with self._unharmed():
             self.steps += 1
-            for delta, rows in parts:
-                self.engine.make_resident(delta)
-                loss, norm = self._step_delta(rows, delta)
-                self._history[delta].append((self.steps, loss, norm))
-                losses[delta], norms[delta] = loss, norm
+            for deltas, rows in parts:
+                step_losses, step_norms = self._step_together(deltas, rows)
+                for delta, loss, norm in zip(deltas, step_losses, step_norms, strict=True):
+                    self._history[delta].append((self.steps, loss, norm))
+                    losses[delta], norms[delta] = loss, norm
+            self.engine.finish_step(self._found_inf)
             if self.steps % self.config.check_every == 0:
                 self._check()
         return StepReport(self.steps, losses, norms)
@@ -135,9 +160,11 @@ class Session:
         batch = complete_batch(batch, self.model, self.n_deltas)
         losses = self._nan_per_delta()
         with self._unharmed():
-            for delta, rows in batch.by_delta():
-                self.engine.make_resident(delta)
-                losses[delta] = evaluate(self.model, rows, self.objective, self._arguments)
+            for deltas, rows in self.parts(batch):
+                with self.engine.showing(deltas):
+                    losses[list(deltas)] = evaluate(
+                        self.model, rows, self.objective, self._arguments, len(deltas)
+                    ).to(losses)
         return losses
 
     def end(self) -> Adaptation:
@@ -147,7 +174,8 @@ class Session:
         self._require_open()
         with self._unharmed(), uninterrupted():
             self._check()
-            adaptation = Adaptation(self)
+            self.engine.settle()
+            adaptation = Adaptation.of(self)
             self._open = False
             hold(self.model, adaptation)
         return adaptation
@@ -169,6 +197,11 @@ class Session:
 
     # ------------------------------------------------------------------ details
 
+    @property
+    def diverged(self) -> Tensor:
+        """(D,) bool: a step was not finite; the delta stays as it was before it."""
+        return self._found_inf != 0
+
     def history(self, delta: int) -> tuple[Tensor, Tensor]:
         """Losses and gradient norms of a delta's steps so far, (steps,) each."""
         entries = self._history[delta]
@@ -181,31 +214,32 @@ class Session:
             for values in (losses, norms)
         )
 
-    def _step_delta(self, rows: Batch, delta: int) -> tuple[Tensor, Tensor]:
-        """Forward, backward and update of one delta; returns (loss, gradient norm) as tensors."""
-        engine, found_inf = self.engine, self._found_inf[delta]
+    def _step_together(self, deltas: tuple[int, ...], rows: Batch) -> tuple[Tensor, Tensor]:
+        """Forward, backward and update of some deltas; returns (losses, norms), (n,) each."""
+        engine = self.engine
         with (
             uninterrupted() as held,
-            training(self.model, engine, dropout_seed=self._dropout_seed(delta)),
-            engine.gradients.recording(),
+            training(self.model, engine, dropout_seed=self._dropout_seed(deltas[0])),
+            engine.recording(deltas, rows),
         ):
             with self.phases("forward"), held.released():
                 outputs = self.model(**rows.model_inputs(self._arguments))
-                loss = reduce_rows(self._row_losses(outputs, rows), rows.row_weights)
+                losses = reduce_rows(self._row_losses(outputs, rows), rows.row_weights, len(deltas))
                 del outputs
-            if not loss.requires_grad:
+            if not losses.requires_grad:
                 raise ValueError(
                     "adapt: the loss does not depend on the selected parameters (scope"
                     f" {self.config.scope!r}), so there is nothing to learn. Choose another scope"
                     " or objective."
                 )
             with self.phases("backward"), held.released():
-                loss.backward()
-            loss = loss.detach()
-            found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(loss)).to(found_inf)))
+                losses.sum().backward()
+            losses = losses.detach()
+            found_inf = self._found_inf[deltas[0] : deltas[-1] + 1]
+            found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(losses)).to(found_inf)))
             with self.phases("update"):
-                norm = engine.update(delta, found_inf)
-        return loss, norm
+                norms = engine.update(deltas, self._found_inf)
+        return losses, norms
 
     def _row_losses(self, outputs: Any, rows: Batch) -> Tensor:
         losses = self.objective(outputs, rows)
@@ -218,8 +252,7 @@ class Session:
         return losses
 
     def _nan_per_delta(self) -> Tensor:
-        dtype = compute_dtype(self.engine.views[0].dtype)
-        return torch.full((self.n_deltas,), torch.nan, dtype=dtype, device=self.phases.device)
+        return torch.full((self.n_deltas,), torch.nan, dtype=self._dtype, device=self.phases.device)
 
     def _dropout_seed(self, delta: int) -> int | None:
         if not self.config.dropout:
@@ -228,6 +261,8 @@ class Session:
 
     def _check(self) -> None:
         """Look at the losses and norms since the last look; only here the device is waited for."""
+        if self.keep_diverged:
+            return
         for delta, entries in enumerate(self._history):
             for i in range(self._checked[delta], len(entries)):
                 _, loss, norm = entries[i]
@@ -267,6 +302,15 @@ class Session:
     def _release(self) -> None:
         self._open = False
         release(self.model)
+
+
+def parts_of(
+    batch: Batch, engine: Engine, config: TTTConfig
+) -> list[tuple[tuple[int, ...], Batch]]:
+    """The deltas of a complete batch that an engine takes through the model together, with rows."""
+    if engine.together:
+        return batch.by_row_count(config.max_batch_tokens)
+    return [((delta,), rows) for delta, rows in batch.by_delta()]
 
 
 # ---------------------------------------------------------------------------- the model's state
@@ -324,9 +368,7 @@ def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def training(
-    model: nn.Module, engine: DenseEngine, dropout_seed: int | None = None
-) -> Iterator[None]:
+def training(model: nn.Module, engine: Engine, dropout_seed: int | None = None) -> Iterator[None]:
     """The state in which a step runs: eval mode, gradients for the selected parameters only.
 
     Gradient flags, stored gradients, module modes and the random state are afterwards as they were
@@ -357,12 +399,16 @@ def training(
 
 
 def evaluate(
-    model: nn.Module, rows: Batch, objective: Callable[..., Tensor], arguments: frozenset[str]
+    model: nn.Module,
+    rows: Batch,
+    objective: Callable[..., Tensor],
+    arguments: frozenset[str],
+    n_deltas: int = 1,
 ) -> Tensor:
-    """Loss of one delta's rows under the weights that the model has now, without a gradient."""
+    """Loss of each delta's rows with what the model computes now, without a gradient: (n,)."""
     with uninterrupted() as held, torch.no_grad(), evaluating(model), held.released():
         outputs = model(**rows.model_inputs(arguments))
-        return reduce_rows(objective(outputs, rows), rows.row_weights)
+        return reduce_rows(objective(outputs, rows), rows.row_weights, n_deltas)
 
 
 class uninterrupted:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ttt_fast import calibration
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.batch import Batch, as_prompts, complete_batch, pad_rows
-from ttt_fast.config import TTTConfig
+from ttt_fast.config import Schedule, TTTConfig
+from ttt_fast.engines import policy
 from ttt_fast.engines.dense import DenseEngine
+from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.objective import Objective, negative_log_likelihood
 from ttt_fast.scope import select_parameters
 from ttt_fast.session import Session, StepReport, holder, require_free
@@ -52,7 +57,10 @@ class TTTTrainer:
         self.config = TTTConfig() if config is None else config
         self.tokenizer = tokenizer
         self.objective = objective or partial(
-            negative_log_likelihood, reduction=self.config.reduction
+            negative_log_likelihood,
+            reduction=self.config.reduction,
+            # rounding="torch" promises stock torch's bits.
+            fused=self.config.rounding != "torch",
         )
         self.selections = select_parameters(model, self.config.scope, self.config.layers)
         for selection in self.selections:
@@ -61,21 +69,67 @@ class TTTTrainer:
                     f"TTTTrainer: {selection.name} is an inference tensor, which can never be"
                     " trained. Load the model outside torch.inference_mode()."
                 )
-        self._engine: DenseEngine | None = None
+        self._engines: dict[str, DenseEngine | FactoredEngine] = {}
+        self._work: policy.Workload | None = None
 
-    def begin(self, n_deltas: int = 1) -> Session:
-        """Start a session: take the snapshot, set every delta to zero.
+    def begin(self, n_deltas: int = 1, n_tokens: int | None = None) -> Session:
+        """Start a session: every delta at zero.
+
+        Args:
+            n_deltas: D.
+            n_tokens: tokens that a delta sees in a step, for engine="auto" to plan with; default
+                64.
 
         Raises:
             RuntimeError: another session or adaptation holds the model.
-            ValueError: the number of deltas does not fit the configuration.
+            ValueError: the number of deltas does not fit the configuration, or the engine cannot
+                adapt what is selected.
         """
         if n_deltas < 1:
             raise ValueError(f"begin: n_deltas={n_deltas}; it must be at least 1.")
         require_free(self.model)
-        if self._engine is None:
-            self._engine = DenseEngine(self.model, self.selections, self.config)
-        return Session(self.model, self._engine, self.config, n_deltas, self.objective)
+        return self._begin(self.plan(n_deltas, n_tokens or 64), n_deltas, n_tokens or 64)
+
+    def plan(self, n_deltas: int, n_tokens: int, engine: str | None = None) -> policy.Choice:
+        """What an engine setting comes to: which one, why, and predicted time and memory.
+
+        Args:
+            n_deltas: D.
+            n_tokens: tokens that a delta sees in a step, the longest where they differ.
+            engine: "auto", "factored" or "dense"; default ``config.engine``.
+        """
+        param = self.selections[0].param
+        if self._work is None:
+            self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
+        work = replace(
+            self._work,
+            deltas=n_deltas,
+            tokens=n_tokens,
+            available_bytes=self.config.memory_budget or policy.free_bytes(param.device),
+        )
+        machine = calibration.machine(param.dtype, param.device)
+        engine = engine or self.config.engine
+        if engine == "auto" and torch.is_autocast_enabled(param.device.type):
+            engine = "dense"  # factors are in the dtype of the weights
+        return policy.choose(work, machine, engine)
+
+    def _begin(
+        self, choice: policy.Choice, n_deltas: int, n_tokens: int, **options: Any
+    ) -> Session:
+        engine = self._engine(choice.engine)
+        if engine.together:
+            options["capacity"] = n_tokens * self.config.steps
+        session = Session(self.model, engine, self.config, n_deltas, self.objective, **options)
+        session.choice = choice
+        return session
+
+    def _engine(self, name: str) -> DenseEngine | FactoredEngine:
+        """The engine of a name; made once, so that its buffers live from prompt to prompt."""
+        # A detached adaptation keeps the buffers of its engine; the next prompt gets another.
+        if name not in self._engines or self._engines[name].in_use:
+            kind = FactoredEngine if name == "factored" else DenseEngine
+            self._engines[name] = kind(self.model, self.selections, self.config)
+        return self._engines[name]
 
     def adapt(
         self,
@@ -104,7 +158,8 @@ class TTTTrainer:
             deltas: with several rows, "independent" (each adapts on its own) or "shared" (all train
                 one delta).
             on_step: called after every step; waits for the device.
-            stop: called after every step; a true answer ends that delta's adaptation.
+            stop: called after every step for each delta, with the others' losses NaN; a true answer
+                ends that delta's adaptation.
             progress: show a bar.
 
         Returns:
@@ -117,22 +172,149 @@ class TTTTrainer:
         batch = self._batch(
             prompt, labels, attention_mask, position_ids, token_weights, row_weights, deltas
         )
-        parts = batch.by_delta()
         require_free(self.model)
+        n_deltas = int(batch.delta_index.max()) + 1
+        n_tokens = batch.input_ids.shape[1] * batch.n_rows // n_deltas
+        choice = self.plan(n_deltas, n_tokens)
+        begin = partial(self._begin, choice, n_deltas, n_tokens)
+        return self._adapt(begin, batch, on_step, stop, progress)
+
+    def adapt_grid(
+        self,
+        prompt: Any,
+        *,
+        lr: Sequence[Schedule] | None = None,
+        momentum: Sequence[float] | None = None,
+        weight_decay: Sequence[float] | None = None,
+        max_grad_norm: Sequence[float | None] | None = None,
+        labels: Tensor | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+        progress: bool = False,
+    ) -> Adaptation:
+        """Adapt one prompt with every combination of settings at once; each is a delta.
+
+        They share every read of the weights, and a trajectory holds all its earlier steps
+        (:meth:`FactoredAdaptation.at`), so a sweep is one call. A combination that diverges keeps
+        its last finite weights and is marked in ``adapted.diverged``; the others go on.
+
+        Args:
+            prompt: one prompt, as in :meth:`adapt`.
+            lr: step sizes or schedules; default the configuration's, as for all others.
+            momentum: momenta.
+            weight_decay: decay coefficients.
+            max_grad_norm: clip thresholds, None for no clipping.
+            labels: (1, T), as in :meth:`adapt`.
+            on_step: called after every step.
+            progress: show a bar.
+
+        Returns:
+            The adaptation; ``adapted.configs[d]`` are the settings of delta d, in the order of
+            ``itertools.product(lr, momentum, weight_decay, max_grad_norm)``.
+
+        Raises:
+            ValueError: bad input, an empty axis, or something that only the dense engine can do.
+        """
+        axes = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                "max_grad_norm": max_grad_norm}  # fmt: skip
+        for name, values in axes.items():
+            if values is not None and (isinstance(values, str) or len(values) == 0):
+                raise ValueError(f"adapt_grid: {name}={values!r}; give a list of at least one.")
+        given = {name: values for name, values in axes.items() if values is not None}
+        base = replace(self.config, engine="factored")
+        configs = [
+            replace(base, **dict(zip(given, values, strict=True)))
+            for values in itertools.product(*given.values())
+        ]
+        single = self._batch(prompt, labels, None, None, None, None, None)
+        n = len(configs)
+        batch = replace(single.rows(torch.zeros(n, dtype=torch.int64)), delta_index=torch.arange(n))
+        batch = complete_batch(batch, self.model, n)
+        require_free(self.model)
+        n_tokens = batch.input_ids.shape[1]
+        choice = self.plan(n, n_tokens, "factored")
+        begin = partial(self._begin, choice, n, n_tokens, configs=configs, keep_diverged=True)
+        adaptation = self._adapt(begin, batch, on_step, None, progress)
+        adaptation.configs = configs
+        return adaptation
+
+    def adapt_batches(
+        self, prompts: Any, *, progress: bool = False, **options: Any
+    ) -> Iterator[tuple[list[int], Adaptation]]:
+        """Adapt a list of prompts of any length, each on its own, in batches that fit.
+
+            for numbers, adapted in ttt.adapt_batches(prompts, progress=True):
+                for n, ids in zip(numbers, adapted.generate(max_new_tokens=64)):
+                    answers[n] = ids
+
+        Prompts are taken by length, so that little is padded, and as many at once as
+        ``config.max_batch_tokens`` and the memory allow. Each batch is restored before the next.
+
+        Args:
+            prompts: a list of texts, of lists of ids or of tensors, as in :meth:`adapt`.
+            progress: show a bar of prompts.
+            **options: ``on_step`` and ``stop`` of :meth:`adapt`.
+
+        Yields:
+            the numbers of the batch's prompts in the list, and their adaptation: delta d is prompt
+            ``numbers[d]``.
+        """
+        rows, extra = as_prompts(prompts, self.tokenizer)
+        if extra:
+            raise ValueError(
+                f"adapt_batches: got {', '.join(extra)} with the prompts; give a list of prompts"
+                " alone, without padding."
+            )
+        if not rows:
+            raise ValueError("adapt_batches: got no prompts; give a list of at least one.")
+        order = sorted(range(len(rows)), key=lambda n: rows[n].numel())
+        with tqdm(total=len(rows), disable=not progress, unit="prompt") as bar:
+            while order:
+                count = self._prompts_at_once([rows[n].numel() for n in order])
+                numbers, order = order[:count], order[count:]
+                batch = [rows[n] for n in numbers]
+                with self.adapt(batch, deltas="independent", **options) as adapted:
+                    yield numbers, adapted
+                bar.update(count)
+
+    def _prompts_at_once(self, lengths: Sequence[int]) -> int:
+        """How many of the first prompts, by length, go into one batch: at least one."""
+        limit = self.config.max_batch_tokens
+        count = 1
+        while count < len(lengths):
+            longest = lengths[count]
+            if limit is not None and (count + 1) * longest > limit:
+                break
+            plan = self.plan(count + 1, longest)
+            # The dense engine takes one after the other: what a batch needs is copies of weights.
+            if plan.engine == "dense" or plan.deltas_at_once <= count:
+                break
+            count += 1
+        return count
+
+    def _adapt(
+        self,
+        begin: Callable[[], Session],
+        batch: Batch,
+        on_step: Callable[[StepReport], None] | None,
+        stop: Callable[[StepReport], bool] | None,
+        progress: bool,
+    ) -> Adaptation:
+        """All steps of all deltas of a complete batch."""
         try:
             with (
-                self.begin(len(parts)) as session,
+                begin() as session,
                 tqdm(
-                    total=len(parts) * self.config.steps,
+                    total=session.n_deltas * self.config.steps,
                     disable=not progress,
                     unit="step",
                     leave=False,
                 ) as bar,
             ):
-                for part in parts:
-                    self._adapt_part(session, part, on_step, stop, bar)
+                for deltas, rows in session.parts(batch):
+                    self._adapt_part(session, deltas, rows, on_step, stop, bar)
                 adaptation = session.end()
             adaptation.prompt, adaptation.tokenizer = batch, self.tokenizer
+            adaptation.choice, adaptation.diverged = session.choice, session.diverged
             return adaptation
         except BaseException:
             # Ctrl-C may have come between two lines, while nobody else would have restored.
@@ -142,23 +324,39 @@ class TTTTrainer:
     def _adapt_part(
         self,
         session: Session,
-        part: tuple[int, Batch],
+        deltas: tuple[int, ...],
+        rows: Batch,
         on_step: Callable[[StepReport], None] | None,
         stop: Callable[[StepReport], bool] | None,
         bar: tqdm,
     ) -> None:
-        """All steps of one delta on its rows."""
+        """All steps of the deltas that go through the model together."""
+        active, parts = list(deltas), [(deltas, rows)]
         for step in range(self.config.steps):
             # The session counts the steps of all deltas, a user those of the prompt.
-            report = replace(session.step_parts([part]), step=step + 1)
-            bar.update()
+            report = replace(session.step_parts(parts), step=step + 1)
+            bar.update(len(active))
             if not bar.disable:
-                bar.set_postfix(loss=f"{report.losses.nan_to_num().sum():.4f}")
+                bar.set_postfix(loss=f"{report.losses.nanmean():.4f}")
             if on_step is not None:
                 on_step(report)
-            if stop is not None and stop(report):
-                bar.total -= self.config.steps - step - 1
-                break
+            ended = [d for d in active if stop is not None and stop(report.of(d))]
+            if ended:
+                bar.total -= len(ended) * (self.config.steps - step - 1)
+                active = [d for d in active if d not in ended]
+                if not active:
+                    break
+                left = torch.isin(rows.delta_index, torch.tensor(active, device=rows.device))
+                parts = session.parts(rows.rows(left.nonzero().flatten()))
+
+    def load(self, path: str | os.PathLike[str]) -> Adaptation:
+        """An adaptation that was saved with :meth:`FactoredAdaptation.save`, attached.
+
+        Raises:
+            RuntimeError: the model is held.
+            ValueError: the file is of another model's weights; names what differs.
+        """
+        return Adaptation.load(path, self.model, objective=self.objective, tokenizer=self.tokenizer)
 
     def restore(self) -> None:
         """Restore the model if a session or an adaptation holds it; otherwise do nothing."""

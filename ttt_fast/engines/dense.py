@@ -1,24 +1,39 @@
 """The dense engine: weights change in place, a snapshot brings them back.
 
 A step is one forward and backward, the global gradient norm, and one fused pass over the selected
-parameters (clip, decay, momentum, round, write). The weights can hold one delta at a time; with
-several, the others wait in copies and are swapped in.
+parameters (clip, decay, momentum, round, write). On short prompts the gradients of linear layers
+are never formed whole (:mod:`ttt_fast.engines.products`). The weights can hold one delta at a time;
+with several, the others wait in copies and are swapped in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ttt_fast import ops
+from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.gradients import GradientBuffers
+from ttt_fast.engines.groups import group_config, group_of_each
+from ttt_fast.engines.products import (
+    Block,
+    Gradient,
+    Products,
+    Scratch,
+    blocks_for_calls,
+    global_norm,
+)
 from ttt_fast.reference import compute_dtype
-from ttt_fast.scope import Selection, select_parameters
+from ttt_fast.scope import Selection
 from ttt_fast.snapshot import Snapshot
+from ttt_fast.undo import UndoLog
+
+_SEED_MASK = (1 << 63) - 1
 
 
 @dataclass
@@ -57,6 +72,10 @@ class DenseEngine:
         resident: the delta whose weights are in the model; None for the original weights.
     """
 
+    name = "dense"
+    in_use = False  # only factors outlive a session
+    together = False
+
     def __init__(
         self, model: nn.Module, selections: Sequence[Selection], config: TTTConfig
     ) -> None:
@@ -67,7 +86,8 @@ class DenseEngine:
         # rounding="torch" promises stock torch's bits, so autograd sums the gradients, too.
         self.gradients = GradientBuffers(model, self.selections, reuse=config.rounding != "torch")
         self.snapshot: Snapshot | None = None
-        self._groups = self._make_groups(model)
+        self._scratch = Scratch()
+        self._groups = group_of_each(model, self.selections, config)
         self._states: list[_DeltaState] = []
         self._spare: list[_DeltaState] = []
         self.resident: int | None = None
@@ -130,33 +150,71 @@ class DenseEngine:
         """Leave the resident weights in the model for good."""
         self.resident = None
 
+    @contextmanager
+    def showing(self, deltas: Sequence[int]) -> Iterator[None]:
+        """The model with one delta's weights; afterwards as it was."""
+        outer = self.resident
+        try:
+            self.make_resident(deltas[0])
+            yield
+        finally:
+            if outer is None:
+                self.set_aside()
+                self.restore()
+            else:
+                self.make_resident(outer)
+
+    def cancel(self) -> None:
+        """The session did not come about: no weight has changed yet."""
+
+    def settle(self) -> None:
+        """The session is over: with several deltas, the model gets the original weights."""
+        if len(self._states) > 1:
+            self.set_aside()
+            self.restore()
+
+    @contextmanager
+    def recording(self, deltas: Sequence[int], rows: Batch) -> Iterator[None]:
+        """Record one forward and backward of a delta on its rows."""
+        self.make_resident(deltas[0])
+        with self.gradients.recording():
+            yield
+
+    def finish_step(self, found_inf: Tensor) -> None:
+        """Nothing is left to do: the weights have changed."""
+
     # ------------------------------------------------------------------ one step
 
     @torch.inference_mode(False)
-    def update(self, delta: int, found_inf: Tensor) -> Tensor:
+    def update(self, deltas: Sequence[int], found_inf: Tensor) -> Tensor:
         """Clip and apply the collected gradients to the resident delta.
 
         Args:
-            delta: which one.
-            found_inf: 0-dim; set to 1 if the norm is not finite; where it is not 0 nothing changes.
+            deltas: the one that is resident.
+            found_inf: (D,); set to 1 if the norm is not finite; where it is not 0 nothing changes.
 
         Returns:
-            0-dim gradient norm, a tensor: nothing here waits for the device.
+            (1,) gradient norm, a tensor: nothing here waits for the device.
         """
+        (delta,) = deltas
+        found_inf = found_inf[delta]
         gradients = self.gradients.collect()
         norm = self._norm([g for g in gradients if g is not None])
         found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(norm)).to(found_inf)))
         state = self._states[delta]
-        calls: dict[tuple[int, int, torch.device], list[int]] = {}
+        alike: dict[tuple[int, int, torch.device], list[int]] = {}
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 key = (self._groups[i], state.step_counts[i], self.views[i].device)
-                calls.setdefault(key, []).append(i)
+                alike.setdefault(key, []).append(i)
                 state.step_counts[i] += 1
-        for number, ((group, taken, _), members) in enumerate(calls.items()):
-            self._update_group(delta, group, taken, members, gradients, norm, found_inf, number)
+        number = 0
+        for (group, taken, _), members in alike.items():
+            for blocks in self._calls(members, gradients):
+                self._update_blocks(delta, group, taken, blocks, gradients, norm, found_inf, number)
+                number += 1
         state.steps += 1
-        return norm
+        return norm[None]
 
     def landed(self, delta: int) -> float:
         """update_landed = Σ⟨W' − W, Δ⟩ / Σ‖Δ‖² of a delta; 1.0 before any update."""
@@ -174,28 +232,6 @@ class DenseEngine:
         return total
 
     # ------------------------------------------------------------------ details
-
-    def _make_groups(self, model: nn.Module) -> list[int]:
-        """Number of the first entry of param_groups that matches each selection, -1 for none."""
-        members = [
-            {id(s.param) for s in select_parameters(model, group["params"])}
-            for group in self.config.param_groups
-        ]
-        chosen = []
-        for selection in self.selections:
-            matches = (i for i, ids in enumerate(members) if id(selection.param) in ids)
-            chosen.append(next(matches, -1))
-        for i in range(len(members)):
-            if i not in chosen:
-                raise ValueError(
-                    f"TTTConfig: param_groups[{i}] with"
-                    f" params={self.config.param_groups[i]['params']!r} has no parameter of scope"
-                    f" {self.config.scope!r} left to act on. Widen the scope or drop it."
-                )
-        return chosen
-
-    def _group_config(self, group: int) -> TTTConfig:
-        return self.config if group < 0 else self.config.for_group(self.config.param_groups[group])
 
     def _new_state(self) -> _DeltaState:
         """A delta at zero, in buffers of an earlier session where there are any."""
@@ -231,33 +267,43 @@ class DenseEngine:
         return new(view.shape, dtype=dtype, device=view.device)
 
     def _uses_momentum(self) -> bool:
-        return any(self._group_config(g).momentum > 0 for g in set(self._groups))
+        return any(group_config(self.config, g).momentum > 0 for g in set(self._groups))
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
+    def _norm(self, gradients: list[Gradient]) -> Tensor:
         """Global norm, on the first gradient's device; stock torch's bits for rounding="torch"."""
         if self.config.rounding == "torch":
             return torch.nn.utils.get_total_norm(gradients, foreach=True)
-        return ops.grad_norm(gradients, backend=self.config.backend)
+        return global_norm(gradients, backend=self.config.backend)
 
-    def _update_group(
+    def _calls(self, members: list[int], gradients: list[Gradient | None]) -> Iterator[list[Block]]:
+        """Weights whose gradients are there in one call of the fused update, others in blocks."""
+        whole = [Block(i) for i in members if isinstance(gradients[i], Tensor)]
+        if whole:
+            yield whole
+        products = [i for i in members if isinstance(gradients[i], Products)]
+        yield from blocks_for_calls(self.views, products, self.config.snapshot == "undo")
+
+    def _update_blocks(
         self,
         delta: int,
         group: int,
         taken: int,
-        members: list[int],
-        gradients: list[Tensor | None],
+        blocks: list[Block],
+        gradients: list[Gradient | None],
         norm: Tensor,
         found_inf: Tensor,
         number: int,
     ) -> None:
         """One call of the fused update: same options, same step count, same device."""
-        config, state = self._group_config(group), self._states[delta]
+        config, state = group_config(self.config, group), self._states[delta]
 
         def pick(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [tensors[i] for i in members] if tensors else []
+            return [block.of(tensors[block.index]) for block in blocks] if tensors else []
 
         params = pick(self.views)
         device = params[0].device
+        formed = isinstance(gradients[blocks[0].index], Tensor)
+        grads = pick(gradients) if formed else self._scratch.fill(blocks, params, gradients)
         originals = self.snapshot.originals if self.config.accumulate == "delta" else []
         landed = state.landed.get(device)
         if landed is None:
@@ -271,22 +317,31 @@ class DenseEngine:
             "bases": pick(originals),
             "rounding": config.rounding,
             # The calls of a step must not share their random bits either.
-            "seed": config.random_stream(delta, state.steps) ^ (number << 48),
+            "seed": (config.random_stream(delta, state.steps) ^ (number << 48)) & _SEED_MASK,
             "found_inf": found_inf.to(device),
             "landed": landed,
-            "undo": self.snapshot.undo_log(members) if self.config.snapshot == "undo" else None,
+            "undo": self._undo_log(blocks) if self.config.snapshot == "undo" else None,
             "backend": config.backend,
         }
         if config.optimizer == "adamw":
             ops.adamw_(
-                params, pick(gradients), pick(state.state["exp_avgs"]),
+                params, grads, pick(state.state["exp_avgs"]),
                 pick(state.state["exp_avg_sqs"]), betas=config.betas, eps=config.eps,
                 step_index=taken + 1, **options,
             )  # fmt: skip
         else:
             buffers = pick(state.state["momentum_buffers"]) if config.momentum > 0 else []
             ops.sgd_(
-                params, pick(gradients), buffers, momentum=config.momentum,
+                params, grads, buffers, momentum=config.momentum,
                 dampening=config.dampening, nesterov=config.nesterov, first_step=taken == 0,
                 decoupled_weight_decay=config.decoupled_weight_decay, **options,
             )  # fmt: skip
+
+    def _undo_log(self, blocks: list[Block]) -> UndoLog | None:
+        log = self.snapshot.undo_log([block.index for block in blocks])
+        if log is not None:
+            log.offsets = [
+                offset if offset < 0 else offset + block.offset
+                for offset, block in zip(log.offsets, blocks, strict=True)
+            ]
+        return log

@@ -1,10 +1,11 @@
-"""Gradients that land in buffers which live from step to step.
+"""Gradients that stay factors, or land in buffers which live from step to step.
 
 Autograd allocates every weight gradient anew at each step, and sums the two gradients of a tied
 embedding and head in a third tensor. While :meth:`GradientBuffers.recording` is active, the plain
-``nn.Linear``, ``Conv1D`` and ``nn.Embedding`` modules that own selected parameters write theirs
-straight into a buffer, only the selected rows. Whatever else uses a selected parameter goes through
-autograd as always and is added: nothing is silently frozen.
+``nn.Linear``, ``Conv1D`` and ``nn.Embedding`` modules that own selected parameters keep the factors
+of theirs (:class:`Products`) where that pays, and write it straight into a buffer where it does
+not, only the selected rows. Whatever else uses a selected parameter goes through autograd as always
+and is added: nothing is silently frozen.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from ttt_fast.engines.products import Gradient, Products, linear
 from ttt_fast.scope import Selection
 
 
 class _Slot:
-    """Gradient of one selection at the current step.
+    """Gradient of one selection at the current step: products, or in the buffer, never both.
 
     Attributes:
         selection: what it is the gradient of.
@@ -34,7 +36,12 @@ class _Slot:
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
         self.arrived = False
+        self._products: Products | None = None
         self._buffer: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget this step's gradient; the buffer stays."""
+        self.arrived, self._products = False, None
 
     @property
     def buffer(self) -> Tensor:
@@ -54,6 +61,11 @@ class _Slot:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Add aᵀ b, (n, m) for a (M, n) and b (M, m)."""
+        products = self._paying(a.shape[1], b.shape[1], pair_rows=len(a))
+        if products is not None:
+            products.add_pair(a, b)
+            return
+        self._form()
         out = self.buffer.view(a.shape[1], b.shape[1])
         if self.arrived:
             out.addmm_(a.t(), b)
@@ -72,18 +84,42 @@ class _Slot:
 
     def add_rows(self, index: Tensor, dy: Tensor) -> None:
         """Add each row of dy (M, D) to the row that index (M,) names: an embedding's gradient."""
+        products = self._paying(*self.selection.param.shape, lookup_rows=len(index))
+        if products is not None:
+            products.add_lookup(index, dy)
+            return
+        self._form()
         if not self.arrived:
             self.buffer.zero_()
         self.buffer.index_add_(0, index, dy)
         self.arrived = True
 
-    def collect(self) -> Tensor | None:
+    def collect(self) -> Gradient | None:
         """This step's whole gradient, autograd's share included; None if there was none."""
         grad = self.selection.param.grad
+        if grad is None and self._products is not None:
+            return self._products
+        self._form()
         if grad is None:
             return self.buffer if self.arrived else None
         grad = self.selection.view(grad)
         return self.buffer.add_(grad) if self.arrived else grad
+
+    def _paying(self, n: int, m: int, **rows: int) -> Products | None:
+        """The products, if with so many rows more they cost less than a gradient in the buffer."""
+        if self.arrived:
+            return None
+        products = Products(n, m) if self._products is None else self._products
+        if not products.pays(**rows):
+            return None
+        self._products = products
+        return products
+
+    def _form(self) -> None:
+        """Put what are products until now into the buffer."""
+        if self._products is not None:
+            self._products.write_rows(0, self.buffer.view(self._products.n, self._products.m))
+            self.arrived, self._products = True, None
 
 
 class _Linear(torch.autograd.Function):
@@ -103,7 +139,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x if needs_x else None, weight)
         ctx.slots = weight_slot, bias_slot
         ctx.transposed = transposed
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        y = linear(x, weight.t() if transposed else weight)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable
@@ -125,7 +162,7 @@ class _Linear(torch.autograd.Function):
         elif ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         if ctx.needs_input_grad[0]:
-            dx = dy.matmul(weight.t() if ctx.transposed else weight)
+            dx = linear(dy, weight if ctx.transposed else weight.t())
         return dx, dweight, dbias, None, None, None
 
 
@@ -146,14 +183,13 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         index, rows = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
         if ctx.padding_idx is not None:
-            kept = index != ctx.padding_idx
-            index, rows = index[kept], rows[kept]
+            rows = rows.masked_fill((index == ctx.padding_idx)[:, None], 0)
         ctx.slot.add_rows(index, rows)
         return None, None, None, None
 
 
 class GradientBuffers:
-    """The gradients of a selection, reused from step to step and from prompt to prompt.
+    """The gradients of a selection; buffers live from step to step and from prompt to prompt.
 
     Args:
         model: the model that owns the parameters.
@@ -177,7 +213,7 @@ class GradientBuffers:
     def recording(self) -> Iterator[None]:
         """Take the modules over for one forward and backward; give them back whatever happens."""
         for slot in self._slots:
-            slot.arrived = False
+            slot.clear()
             slot.selection.param.grad = None
         taken = []
         try:
@@ -192,9 +228,15 @@ class GradientBuffers:
         finally:
             for module in taken:
                 del module.forward
+            for slot in self._slots:
+                # Products hold activations, which are not to outlive the step.
+                slot.clear()
 
-    def collect(self) -> list[Tensor | None]:
-        """One gradient for each selection, None for a parameter that the loss did not reach."""
+    def collect(self) -> list[Gradient | None]:
+        """One gradient for each selection, None for a parameter that the loss did not reach.
+
+        They are good until the recording ends.
+        """
         return [slot.collect() for slot in self._slots]
 
     def _device_type(self) -> str:

@@ -1,0 +1,66 @@
+"""What doctor reports about the machine's speeds and the engine that would run."""
+
+import json
+
+import pytest
+
+from families import tiny_model
+from ttt_fast import TTTConfig, calibration, doctor
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_the_machine_alone():
+    report = doctor.report(TTTConfig())
+    assert set(report) == {"system", "machine"}
+    assert set(report["machine"]) == {"float32", "bfloat16"}
+    assert "defaults for a" in doctor.page(report)
+    assert json.loads(json.dumps(report))["system"] == report["system"]
+
+
+def test_the_engine_and_its_memory(folder):
+    config = TTTConfig(steps=5, engine="factored")
+    report = doctor.report(config, model=folder, tokens=8, deltas=3)
+    assert report["engine"]["engine"] == report["memory"]["engine"] == "factored"
+    assert set(report["engine"]["predicted_ms"]) == {"factored", "dense"}
+    alone = doctor.report(config, model=folder, tokens=8)["memory"]["bytes"]
+    several = report["memory"]["bytes"]
+    assert set(several) == {"factors", "activations"}
+    assert several == {use: 3 * number for use, number in alone.items()}
+    page = doctor.page(report)
+    assert "factored engine for 5 steps on 3 prompts" in page
+    assert report["engine"]["reason"] in page
+    assert json.loads(json.dumps(report)) == json.loads(json.dumps(report))
+
+
+def test_the_dense_engine_and_its_reason(folder):
+    report = doctor.report(TTTConfig(optimizer="adamw"), model=folder, tokens=8)
+    assert report["memory"]["engine"] == "dense"
+    assert "adamw" in doctor.page(report)
+    assert set(report["memory"]["bytes"]) >= {"snapshot", "gradients", "optimizer", "activations"}
+
+
+def test_an_engine_that_cannot_do_it(folder):
+    with pytest.raises(ValueError, match="adamw is not linear"):
+        doctor.report(TTTConfig(optimizer="adamw", engine="factored"), model=folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "measured"), [("auto", ["float32", "bfloat16"]), ("float32", ["float32"])]
+)
+def test_calibrate_measures_what_is_used(monkeypatch, dtype, measured):
+    asked = []
+    monkeypatch.setattr(calibration, "calibrate", lambda name, device: asked.append(name))
+    doctor.report(TTTConfig(), dtype=dtype, calibrate=True)
+    assert asked == measured
+    doctor.report(TTTConfig(), dtype=dtype)
+    assert asked == measured

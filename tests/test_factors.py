@@ -1,0 +1,398 @@
+"""The rows of factors by themselves: what is written, what is shared, and what never gets in."""
+
+import pytest
+import torch
+
+from ttt_fast import Selection, ops
+from ttt_fast.engines.factors import (
+    Inputs,
+    Lookups,
+    MatrixFactors,
+    RowBuffer,
+    Rows,
+    Track,
+    VectorFactors,
+)
+from ttt_fast.scope import RowSlice
+from ttt_fast.sgd import Coefficients
+
+CPU = torch.device("cpu")
+ALL = slice(0, 3)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def row_buffer(width=2, n_deltas=3, capacity=4):
+    buffer = RowBuffer(width, torch.float64, CPU)
+    buffer.begin(n_deltas, capacity)
+    return buffer
+
+
+def filled_with_nan(width=2, n_deltas=3, capacity=4):
+    """A buffer whose memory the prompt before left full of NaN."""
+    buffer = row_buffer(width, n_deltas, capacity)
+    buffer.write(slice(0, n_deltas), 0, torch.full((n_deltas, capacity, width), torch.nan))
+    buffer.begin(n_deltas, capacity)
+    return buffer
+
+
+# ---------------------------------------------------------------------------- which step is whose
+
+
+def test_rows_know_their_step_where_deltas_differ_in_length():
+    rows = Rows(3).append(0, ALL, 2).append(1, slice(1, 2), 3).append(2, slice(0, 2), 1)
+    assert rows.lengths == (3, 6, 2)
+    assert rows.columns(CPU).tolist() == [
+        [0, 0, 2, -1, -1, -1],
+        [0, 0, 1, 1, 1, 2],
+        [0, 0, -1, -1, -1, -1],
+    ]
+    assert [rows.longest(s) for s in (ALL, slice(0, 1), slice(2, 3))] == [6, 3, 2]
+
+
+def test_rows_start_at_one_number_or_at_one_each():
+    rows = Rows(3).append(0, ALL, 2).append(1, slice(1, 2), 3)
+    assert rows.start(ALL) == (2, 5, 2)
+    assert rows.start(slice(0, 1)) == 2 and rows.start(slice(1, 2)) == 5
+    assert Rows(3).start(ALL) == 0 and Rows(3).longest(ALL) == 0
+
+
+def test_rows_that_were_written_alike_are_one_object():
+    root = Rows(3)
+    first = root.append(0, ALL, 2)
+    assert root.append(0, ALL, 2) is first
+    for step, deltas, count in ((1, ALL, 2), (0, slice(0, 2), 2), (0, ALL, 1)):
+        assert root.append(step, deltas, count) is not first
+    assert root.lengths == (0, 0, 0) and first.append(1, ALL, 2) is not first
+
+
+def test_rows_of_no_delta():
+    assert Rows(2).columns(CPU).shape == (2, 0)
+
+
+# ---------------------------------------------------------------------------- buffers
+
+
+def test_a_buffer_gives_back_what_was_written_at_ragged_starts():
+    buffer = row_buffer()
+    first, second, third = noise(3, 2, 2), noise(1, 3, 2, seed=1), noise(3, 1, 2, seed=2)
+    buffer.write(ALL, 0, first)
+    buffer.write(slice(1, 2), 2, second)
+    buffer.write(ALL, (2, 5, 2), third)
+    assert torch.equal(buffer.first(slice(1, 2), 6)[0], torch.cat([first[1], second[0], third[1]]))
+    for delta in (0, 2):
+        expected = torch.cat([first[delta], third[delta], torch.zeros(3, 2)])
+        assert torch.equal(buffer.first(ALL, 6)[delta], expected)
+    assert torch.equal(buffer.at(ALL, (2, 5, 2), 1), third)
+    assert torch.equal(buffer.at(slice(1, 2), 2, 3), second)
+
+
+def test_a_buffer_that_grows_keeps_its_rows():
+    buffer = row_buffer(capacity=1)
+    written = [noise(3, 3, 2, seed=i) for i in range(6)]
+    for i, rows in enumerate(written):
+        buffer.write(ALL, 3 * i, rows)
+    assert torch.equal(buffer.first(ALL, 18), torch.cat(written, 1))
+
+
+def test_room_is_kept_from_prompt_to_prompt_and_made_where_there_is_not_enough():
+    buffer = row_buffer(capacity=8)
+    place, nbytes = buffer.first(ALL, 1).data_ptr(), buffer.nbytes
+    assert nbytes == 3 * 8 * 2 * 8
+    for n_deltas, capacity in ((3, 8), (1, 24), (2, 5)):
+        buffer.begin(n_deltas, capacity)
+        assert buffer.first(slice(0, 1), 1).data_ptr() == place and buffer.nbytes == nbytes
+    buffer.begin(3, 9)
+    assert buffer.nbytes == 3 * 9 * 2 * 8
+
+
+def test_nan_in_masked_rows_does_not_get_in():
+    mask = torch.tensor([[1, 0], [1, 1], [0, 0]])[:, :, None] != 0
+    rows = noise(3, 2, 2).masked_fill(~mask, torch.nan)
+    expected = torch.where(mask, rows, 0)
+    for start, before in ((0, 0), ((0, 2, 1), 2)):
+        buffer = filled_with_nan()
+        if before:
+            buffer.write(slice(1, 2), 0, noise(1, 2, 2))
+        buffer.write(ALL, start, rows, mask)
+        assert torch.equal(buffer.at(ALL, start, 2), expected)
+    # Without a mask it does.
+    buffer.write(ALL, 0, rows)
+    assert buffer.first(ALL, 2).isnan().any()
+
+
+def test_rows_behind_a_shorter_delta_are_zero_whatever_was_in_the_memory():
+    """Their coefficients are 0 there, and 0 times NaN is not 0."""
+    buffer = filled_with_nan()
+    buffer.write(ALL, 0, noise(3, 1, 2))
+    buffer.write(slice(0, 1), 1, noise(1, 3, 2))
+    assert torch.equal(buffer.first(ALL, 4)[1:, 1:], torch.zeros(2, 3, 2).double())
+    buffer.write(ALL, (4, 1, 1), noise(3, 2, 2))
+    assert buffer.first(ALL, 6).isfinite().all()
+    # Also where the memory is new, and where only it is.
+    buffer.write(slice(2, 3), 3, torch.ones(1, 100, 2))
+    assert buffer.first(ALL, 103).isfinite().all()
+
+
+def test_zeros_are_written_over_whatever_there_is():
+    for start in (0, (0, 1, 2)):
+        buffer = filled_with_nan()
+        buffer.zero(ALL, start, 2)
+        assert torch.equal(buffer.at(ALL, start, 2), torch.zeros(3, 2, 2).double())
+
+
+def test_integers_are_rows_too():
+    ids = RowBuffer(1, torch.int64, CPU)
+    ids.begin(2, 1)
+    ids.write(slice(0, 2), 0, torch.tensor([[[5], [6]], [[7], [8]]]))
+    assert ids.first(slice(0, 2), 2)[:, :, 0].tolist() == [[5, 6], [7, 8]]
+
+
+# ---------------------------------------------------------------------------- X, shared
+
+
+def some_inputs(root=None, width=2):
+    inputs = Inputs(width, torch.float64, CPU)
+    inputs.begin(Rows(3) if root is None else root, 4)
+    return inputs
+
+
+def test_the_same_tensor_is_written_once():
+    inputs, x = some_inputs(), noise(3, 2, 2)
+    assert [inputs.record(x, x, ALL, 0, None) for _ in "qkv"] == [0, 0, 0]
+    assert inputs.calls == [(0, 2)] and inputs.pending.lengths == (2, 2, 2)
+    assert inputs.rows.lengths == (0, 0, 0)
+
+
+def test_another_tensor_of_equal_values_is_another_call():
+    inputs, x = some_inputs(), noise(3, 2, 2)
+    assert inputs.record(x, x, ALL, 0, None) == 0
+    other = x.clone()
+    assert inputs.record(other, other, ALL, 0, None) == 2
+    assert inputs.calls == [(0, 2), (2, 2)]
+
+
+def test_a_tensor_that_was_written_to_is_another_one():
+    inputs, x = some_inputs(), noise(3, 2, 2)
+    inputs.record(x, x, ALL, 0, None)
+    x.mul_(2)
+    assert not inputs.is_last(x)
+    assert inputs.record(x, x, ALL, 0, None) == 2
+    assert torch.equal(inputs.buffer.first(ALL, 4)[:, 2:], 2 * inputs.buffer.first(ALL, 2))
+
+
+def test_a_forward_that_is_over_is_forgotten():
+    """The next forward may be given a tensor at the same place in memory."""
+    inputs, x = some_inputs(), noise(3, 2, 2)
+    inputs.record(x, x, ALL, 0, None)
+    inputs.forget()
+    assert not inputs.is_last(x) and inputs.calls == []
+    assert inputs.record(x, x, ALL, 1, None) == 2
+
+
+# ---------------------------------------------------------------------------- one matrix
+
+
+def track(n_deltas=3):
+    return Track(-1, Coefficients(n_deltas, momentum=0.0), decays=False)
+
+
+def matrix_of(shape=(4, 2), rows=None, embeds=False, transposed=False, root=None):
+    """Factors of a matrix that joined an X."""
+    weight = torch.nn.Parameter(noise(*shape))
+    factors = MatrixFactors(Selection("w", weight, rows), transposed=transposed, embeds=embeds)
+    root = Rows(3) if root is None else root
+    factors.inputs = some_inputs(root, factors.weight.shape[1])
+    factors.begin(root, 4, track())
+    return factors
+
+
+def record(factors, x, dy, deltas=ALL, step=0):
+    start = factors.inputs.record(x, x, deltas, step, None)
+    if dy is not None:
+        factors.record_dy(deltas, start, dy)
+
+
+def test_the_norm_of_a_matrix():
+    factors = matrix_of()
+    x, dy = noise(3, 5, 2), noise(3, 5, 4, seed=1)
+    record(factors, x, dy)
+    assert factors.close_forward(ALL)
+    gradient = dy.transpose(1, 2) @ x
+    assert torch.allclose(factors.squared_norm(ALL), gradient.square().sum((1, 2)), rtol=1e-12)
+
+
+def test_two_uses_are_more_tokens_of_one_gradient():
+    factors = matrix_of()
+    pairs = [(noise(3, 2, 2, seed=i), noise(3, 2, 4, seed=9 + i)) for i in range(2)]
+    for x, dy in pairs:
+        record(factors, x, dy)
+    factors.close_forward(ALL)
+    gradient = sum(dy.transpose(1, 2) @ x for x, dy in pairs)
+    assert torch.allclose(factors.squared_norm(ALL), gradient.square().sum((1, 2)), rtol=1e-12)
+
+
+def test_a_use_without_a_gradient_leaves_zeros():
+    factors = matrix_of()
+    factors.dy.write(ALL, 0, torch.full((3, 4, 4), torch.nan))
+    factors.dy.begin(3, 4)
+    x, dy = noise(3, 2, 2), noise(3, 2, 4, seed=1)
+    record(factors, x, None)
+    record(factors, noise(3, 2, 2, seed=2), dy)
+    assert factors.close_forward(ALL)
+    assert torch.equal(factors.dy.first(ALL, 2), torch.zeros(3, 2, 4).double())
+    expected = (dy.transpose(1, 2) @ noise(3, 2, 2, seed=2)).square().sum((1, 2))
+    assert torch.allclose(factors.squared_norm(ALL), expected, rtol=1e-12)
+
+
+def test_a_matrix_that_nothing_reached_says_so():
+    factors = matrix_of(embeds=True)
+    record(factors, noise(3, 2, 2), None)
+    factors.lookups.record_ids(ALL, 0, torch.zeros(3, 2, dtype=torch.int64))
+    assert not factors.close_forward(ALL)
+    assert torch.equal(factors.squared_norm(ALL), torch.zeros(3).double())
+    factors.open_forward()
+    assert not factors.close_forward(ALL)
+
+
+def test_what_arrived_in_one_forward_is_not_there_in_the_next():
+    factors = matrix_of()
+    record(factors, noise(3, 2, 2), noise(3, 2, 4))
+    assert factors.close_forward(ALL)
+    factors.inputs.rows = factors.inputs.pending
+    factors.inputs.forget()
+    factors.open_forward()
+    record(factors, noise(3, 2, 2, seed=5), None, step=1)
+    assert not factors.close_forward(ALL)
+    assert torch.equal(factors.squared_norm(ALL), torch.zeros(3).double())
+
+
+def test_the_norm_is_that_of_the_step_in_progress_alone():
+    factors = matrix_of()
+    record(factors, noise(3, 2, 2), noise(3, 2, 4))
+    factors.close_forward(ALL)
+    # Only delta 1 and 2 take part in the second step, so all three start at different rows.
+    factors.inputs.rows = factors.inputs.pending
+    factors.inputs.forget()
+    factors.open_forward()
+    tail = slice(1, 3)
+    x, dy = noise(2, 3, 2, seed=3), noise(2, 3, 4, seed=4)
+    record(factors, x, dy, deltas=tail, step=1)
+    factors.close_forward(tail)
+    expected = (dy.transpose(1, 2) @ x).square().sum((1, 2))
+    assert torch.allclose(factors.squared_norm(tail), expected, rtol=1e-12)
+    assert factors.inputs.pending.lengths == (2, 5, 5)
+
+
+def test_selected_columns_of_dy():
+    """A slice of a fused projection keeps its own columns, period by period."""
+    factors = matrix_of((8, 2), rows=RowSlice(period=4, start=1, length=2, dim=0))
+    x, dy = noise(3, 5, 2), noise(3, 5, 8, seed=1)
+    record(factors, x, dy)
+    kept = dy[:, :, [1, 2, 5, 6]]
+    assert torch.equal(factors.dy.first(ALL, 5), kept)
+    expected = (kept.transpose(1, 2) @ x).square().sum((1, 2))
+    assert torch.allclose(factors.squared_norm(ALL), expected, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------- lookups
+
+
+def looked_up(ids, de, vocabulary):
+    """The gradient of an embedding from lookups alone, (V, width) for each delta."""
+    gradient = de.new_zeros(ids.shape[0], vocabulary, de.shape[2])
+    for delta in range(ids.shape[0]):
+        gradient[delta].index_add_(0, ids[delta], de[delta])
+    return gradient
+
+
+def test_the_norm_of_a_tied_matrix_has_its_cross_term():
+    factors = matrix_of((6, 2), embeds=True)
+    ids = torch.tensor([[0, 1, 1, 5], [2, 2, 2, 2], [0, 3, 4, 3]])
+    de, x, dy = noise(3, 4, 2), noise(3, 4, 2, seed=1), noise(3, 4, 6, seed=2)
+    start = factors.lookups.record_ids(ALL, 0, ids)
+    record(factors, x, dy)
+    factors.lookups.record_dy(ALL, start, de)
+    assert factors.close_forward(ALL)
+    gradient = dy.transpose(1, 2) @ x + looked_up(ids, de, 6)
+    assert torch.allclose(factors.squared_norm(ALL), gradient.square().sum((1, 2)), rtol=1e-12)
+    separate = ops.gram_norm(x, dy) + looked_up(ids, de, 6).square().sum((1, 2))
+    assert not torch.allclose(factors.squared_norm(ALL), separate, rtol=1e-3)
+
+
+def test_a_lookup_without_a_gradient_leaves_zeros():
+    factors = matrix_of((6, 2), embeds=True)
+    factors.lookups.dy.write(ALL, 0, torch.full((3, 4, 2), torch.nan))
+    factors.lookups.dy.begin(3, 4)
+    ids = torch.tensor([[0, 1], [2, 2], [4, 3]])
+    factors.lookups.record_ids(ALL, 0, ids)
+    second = factors.lookups.record_ids(ALL, 0, ids)
+    assert second == 2
+    factors.lookups.record_dy(ALL, second, noise(3, 2, 2))
+    assert factors.close_forward(ALL)
+    expected = looked_up(ids, noise(3, 2, 2), 6).square().sum((1, 2))
+    assert torch.allclose(factors.squared_norm(ALL), expected, rtol=1e-12)
+
+
+def test_lookups_start_a_prompt_without_rows():
+    lookups = Lookups(2, torch.float64, CPU)
+    for _ in range(2):
+        root = Rows(3)
+        lookups.begin(root, 4)
+        assert lookups.rows is lookups.pending is root
+        assert lookups.record_ids(ALL, 0, torch.zeros(3, 2, dtype=torch.int64)) == 0
+        lookups.record_dy(ALL, 0, noise(3, 2, 2))
+
+
+# ---------------------------------------------------------------------------- vectors
+
+
+def vector_of(size=4, rows=None, dtype=torch.float64):
+    param = torch.nn.Parameter(noise(size).to(dtype))
+    factors = VectorFactors(Selection("b", param, rows))
+    factors.begin(Rows(3), 2, track())
+    return factors
+
+
+@pytest.mark.parametrize("rows", [None, RowSlice(period=2, start=1, length=1, dim=0)])
+def test_the_gradient_of_a_vector_is_kept_and_read_back(rows):
+    factors = vector_of(rows=rows)
+    leaf = factors.leaf(factors.effective(None, None, ALL))
+    assert torch.equal(leaf[2], factors.base) and factors.leaf(leaf * 2) is leaf
+    target = noise(3, 4, seed=1)
+    (leaf * target).sum().backward()
+    assert factors.close_forward(ALL, 0)
+    kept = torch.zeros(4, dtype=torch.bool)
+    kept[1 if rows else 0 :: 2 if rows else 1] = True
+    gradient = torch.where(kept, target, 0)
+    assert torch.allclose(factors.squared_norm(ALL), gradient.square().sum(1))
+    factors.close_step()
+    beta = torch.tensor([[0.5], [-2.0], [0.0]], dtype=torch.float64)
+    moved = factors.effective(None, beta, ALL) - factors.base
+    assert torch.allclose(moved, -beta * gradient)
+    rho = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    scaled = factors.effective(rho, None, ALL)
+    assert torch.equal(scaled, torch.where(kept, rho[:, None], 1.0) * factors.base)
+
+
+def test_a_vector_that_nothing_reached_keeps_no_row():
+    factors = vector_of()
+    assert not factors.close_forward(ALL, 0)
+    factors.leaf(factors.effective(None, None, ALL))
+    assert not factors.close_forward(ALL, 0)
+    assert factors.pending.lengths == (0, 0, 0)
+    factors.open_forward()
+    assert factors.current_leaf is None
+
+
+def test_a_bfloat16_vector_is_kept_in_float32():
+    factors = vector_of(dtype=torch.bfloat16)
+    leaf = factors.leaf(factors.effective(None, None, ALL))
+    (leaf * 1e-3).sum().backward()
+    assert factors.close_forward(ALL, 0)
+    factors.close_step()
+    beta = torch.full((3, 1), 1e-3)
+    assert not torch.equal(factors.effective(None, beta, ALL)[0], factors.base)
+    assert factors.grads.first(ALL, 1).dtype == torch.float32

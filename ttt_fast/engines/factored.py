@@ -1,0 +1,445 @@
+"""The factored engine: exact SGD on every selected parameter, and no weight is ever written.
+
+A step is one forward and backward of all its deltas together. What it leaves behind are two rows of
+factors a token and weight, one gradient a norm or bias, and a column of coefficients
+(:mod:`ttt_fast.sgd`). There are no gradients, no momentum buffer and no snapshot; to restore is to
+give the modules their ``forward`` back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ttt_fast.batch import Batch
+from ttt_fast.config import TTTConfig
+from ttt_fast.engines.factors import Inputs, MatrixFactors, Rows, Track, VectorFactors
+from ttt_fast.engines.groups import group_config, group_of_each
+from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite, NormSite
+from ttt_fast.reference import compute_dtype
+from ttt_fast.scope import Selection
+from ttt_fast.sgd import Coefficients, clip_coefficient
+
+
+class FactoredEngine:
+    """Trains deltas as factors beside the model's own weights. Buffers live from prompt to prompt.
+
+    Args:
+        model: the user's model.
+        selections: what adapts.
+        config: settings.
+
+    Raises:
+        ValueError: a selected parameter cannot be factored; names it.
+    """
+
+    name = "factored"
+    in_use = False  # by a detached adaptation, which keeps the factors
+    together = True
+
+    def __init__(
+        self, model: nn.Module, selections: Sequence[Selection], config: TTTConfig
+    ) -> None:
+        self._model = model
+        self.selections = list(selections)
+        self.config = config
+        self.device = self.selections[0].param.device
+        self.dtype = compute_dtype(self.selections[0].param.dtype)
+        self.desk = Desk(self.selections[0].param, config.backend)
+        self.desk.new_inputs = self._new_inputs
+        reasons = unsupported(model, self.selections)
+        if reasons:
+            raise ValueError(
+                f"engine='factored' cannot adapt {reasons[0]}"
+                + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
+                + ". Use engine='dense', or a scope that leaves it out."
+            )
+        self._groups = group_of_each(model, self.selections, config)
+        self.factors, self._sites = take_over(model, self.selections, self.desk)
+        self._found = [_describe(selection.param) for selection in self.selections]
+        self._inputs: list[Inputs] = []
+        self._attached: list[nn.Module] = []
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    # ------------------------------------------------------------------ life of a session
+
+    def begin(
+        self, n_deltas: int, capacity: int = 64, configs: Sequence[TTTConfig] | None = None
+    ) -> None:
+        """Start ``n_deltas`` deltas at zero and take the modules over.
+
+        Args:
+            n_deltas: D.
+            capacity: rows of tokens that each delta is expected to need; more is made as needed.
+            configs: settings of each delta, where they differ (in lr, momentum, weight decay and
+                clip); default the engine's for all.
+        """
+        self._require_same_weights()
+        self.n_deltas = n_deltas
+        self.configs = [self.config] * n_deltas if configs is None else list(configs)
+        self._capacity = capacity
+        self._root = Rows(n_deltas)
+        self.steps = 0
+        self._steps_of = [0] * n_deltas
+        groups = sorted(set(self._groups))
+        self._group_configs = {
+            group: [group_config(config, group) for config in self.configs] for group in groups
+        }
+        tracks = {group: self._new_track(group) for group in groups}
+        self.tracks = list(tracks.values())
+        for inputs in self._inputs:
+            inputs.begin(self._root, capacity)
+        for factors, group in zip(self.factors, self._groups, strict=True):
+            rows = capacity if isinstance(factors, MatrixFactors) else self.config.steps
+            factors.begin(self._root, rows, tracks[group])
+            tracks[group].members.append(factors)
+        self._new_step()
+        self.attach()
+
+    def attach(self) -> None:
+        """Let the modules compute with the deltas."""
+        try:
+            for site in self._sites:
+                if "forward" in vars(site.module):
+                    raise ValueError(
+                        f"{site.name} has a forward of its own on the instance (accelerate's hooks"
+                        " set one), which cannot be replaced. Use engine='dense'."
+                    )
+                site.module.forward = site.forward
+                self._attached.append(site.module)
+            self._hook = self._model.register_forward_pre_hook(
+                self._count_rows, with_kwargs=True, prepend=True
+            )
+            self.show(slice(0, self.n_deltas))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Give the modules back. The factors stay."""
+        for module in self._attached:
+            vars(module).pop("forward", None)
+        self._attached = []
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.desk.layout = None
+
+    def restore(self) -> None:
+        """Let the model compute with its own weights again; nothing was written to them."""
+        self.detach()
+
+    def cancel(self) -> None:
+        """The session did not come about: give the modules back."""
+        self.detach()
+
+    def settle(self) -> None:
+        """The session is over; its deltas stay attached."""
+
+    @contextmanager
+    def showing(self, deltas: Sequence[int]) -> Iterator[None]:
+        """Let forwards use consecutive deltas; afterwards the ones that they used before."""
+        outer = self.desk.layout
+        try:
+            self.show(slice(deltas[0], deltas[-1] + 1), outer.at_step)
+            yield
+        finally:
+            self.desk.layout = outer
+
+    def landed(self, delta: int) -> float:
+        """Share of the update that reached what the forward reads: 1 by definition."""
+        return 1.0
+
+    def show(self, deltas: slice, at_step: int | None = None) -> None:
+        """Let forwards outside a step use these deltas, as they were after an earlier step."""
+        self.desk.layout = Layout(deltas, n_rows=deltas.stop - deltas.start, at_step=at_step)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(inputs.buffer.nbytes for inputs in self._inputs) + sum(
+            factors.nbytes for factors in self.factors
+        )
+
+    # ------------------------------------------------------------------ one step
+
+    @contextmanager
+    def recording(self, deltas: Sequence[int], rows: Batch) -> Iterator[None]:
+        """Record one forward and backward of consecutive deltas on their rows."""
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                "engine='factored' keeps factors in the dtype of the weights, so it does not run"
+                " under torch.autocast. Cast the model instead, or use engine='dense'."
+            )
+        shown = self.desk.layout
+        span = slice(deltas[0], deltas[-1] + 1)
+        n = len(deltas)
+        N, T = rows.input_ids.shape
+        mask = None
+        if bool((rows.attention_mask == 0).any()):
+            mask = (rows.attention_mask != 0).reshape(n, -1, 1)
+        self.desk.layout = Layout(span, n_rows=N, step=self.steps, n_tokens=N * T // n, mask=mask)
+        try:
+            yield
+        finally:
+            for inputs in self._inputs:
+                inputs.forget()
+            for factors in self.factors:
+                factors.open_forward()
+            self.desk.newest = None
+            self.desk.layout = shown
+
+    @torch.no_grad()
+    def update(self, deltas: Sequence[int], found_inf: Tensor) -> Tensor:
+        """Close the recorded forward of some deltas, inside :meth:`recording`.
+
+        Args:
+            deltas: which ones.
+            found_inf: (D,); set to 1 where the norm is not finite; such a delta never moves again.
+
+        Returns:
+            (n,) global gradient norms, a tensor: nothing here waits for the device.
+
+        Raises:
+            ValueError: a selected parameter got a gradient that did not come through its module.
+        """
+        for selection in self.selections:
+            if selection.param.grad is not None:
+                raise ValueError(
+                    f"engine='factored': {selection.name} is used outside the module that owns it,"
+                    " so a part of its gradient would be missing. Use engine='dense'."
+                )
+        span = slice(deltas[0], deltas[-1] + 1)
+        squared = torch.zeros(len(deltas), dtype=self.dtype, device=self.device)
+        for factors in self.factors:
+            arrived = (
+                factors.close_forward(span)
+                if isinstance(factors, MatrixFactors)
+                else factors.close_forward(span, self.steps)
+            )
+            if arrived:
+                squared += factors.squared_norm(span).to(squared.device)
+                for delta in deltas:
+                    self._reached.setdefault(id(factors), set()).add(delta)
+        norms = squared.sqrt()
+        broken = ~torch.isfinite(norms) | (found_inf[span] != 0)
+        if broken.device.type != "cpu" or bool(broken.any()):
+            # Its coefficients will be 0, and 0 times NaN is not 0.
+            for factors in self.factors:
+                factors.blank(span, broken)
+        found_inf[span] = torch.maximum(found_inf[span], (~torch.isfinite(norms)).to(found_inf))
+        self._norms[span] = norms.to(self._norms)
+        self._stepping.update(deltas)
+        return norms
+
+    @torch.no_grad()
+    def finish_step(self, found_inf: Tensor) -> None:
+        """Advance the coefficients of every delta that took part in the step."""
+        limits = [config.max_grad_norm for config in self.configs]
+        limit = torch.tensor(
+            [torch.inf if limit is None else limit for limit in limits], dtype=torch.float64
+        ).to(self.device)
+        clip = clip_coefficient(self._norms, limit)
+        finite = found_inf == 0
+        for track in list(self.tracks):
+            parts: dict[frozenset[int], list[MatrixFactors | VectorFactors]] = {}
+            for factors in track.members:
+                reached = frozenset(self._reached.get(id(factors), ()))
+                parts.setdefault(reached, []).append(factors)
+            # A parameter that got no gradient sits the step out, with coefficients of its own.
+            for members in list(parts.values())[1:]:
+                self._split(track, members)
+            for reached, members in parts.items():
+                self._advance(members[0].track, reached, clip, finite)
+        for inputs in self._inputs:
+            inputs.rows = inputs.pending
+        for factors in self.factors:
+            factors.close_step()
+        for delta in self._stepping:
+            self._steps_of[delta] += 1
+        self.steps += 1
+        self._new_step()
+        # The coefficients that forwards outside a step use are the new ones.
+        self.show(self.desk.layout.deltas)
+
+    def _require_same_weights(self) -> None:
+        for selection, found in zip(self.selections, self._found, strict=True):
+            try:
+                param = self._model.get_parameter(selection.name)
+            except AttributeError:
+                param = None
+            if param is not selection.param or _describe(param) != found:
+                raise RuntimeError(
+                    f"adapt: {selection.name} was replaced, resized, moved or cast since the"
+                    " trainer was made. Make a new TTTTrainer."
+                )
+
+    def _advance(self, track: Track, reached: frozenset[int], clip: Tensor, finite: Tensor) -> None:
+        active = torch.tensor([d in reached for d in range(self.n_deltas)], device=self.device)
+        configs = self._group_configs[track.group]
+        rates = [config.lr_at(steps) for config, steps in zip(configs, self._steps_of, strict=True)]
+        lr = torch.tensor(rates, dtype=torch.float64).to(self.device)
+        track.coefficients.advance(clip, lr, active & finite)
+
+    def _split(self, track: Track, members: list[MatrixFactors | VectorFactors]) -> None:
+        """Give some parameters of a track coefficients of their own, equal so far."""
+        part = Track(track.group, track.coefficients.clone(), track.decays, members)
+        for factors in members:
+            track.members.remove(factors)
+            factors.track = part
+        self.tracks.append(part)
+
+    def _new_track(self, group: int) -> Track:
+        configs = self._group_configs[group]
+
+        def each(name: str) -> Tensor:
+            values = [getattr(config, name) for config in configs]
+            return torch.tensor(values, dtype=torch.float64).to(self.device)
+
+        coefficients = Coefficients(
+            self.n_deltas,
+            momentum=each("momentum"),
+            dampening=each("dampening"),
+            nesterov=configs[0].nesterov,
+            weight_decay=each("weight_decay"),
+            decoupled_weight_decay=configs[0].decoupled_weight_decay,
+            device=self.device,
+        )
+        return Track(group, coefficients, decays=any(c.weight_decay != 0 for c in configs))
+
+    def _new_step(self) -> None:
+        self._reached: dict[int, set[int]] = {}
+        self._stepping: set[int] = set()
+        self._norms = torch.zeros(self.n_deltas, dtype=torch.float64, device=self.device)
+
+    def _new_inputs(self, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+        inputs = Inputs(width, dtype, device)
+        inputs.begin(self._root, self._capacity)
+        self._inputs.append(inputs)
+        return inputs
+
+    def _count_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before each forward of the model: its rows have to be divisible among the deltas."""
+        layout = self.desk.layout
+        if layout is None or layout.recording:
+            return
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if given is None:
+            return
+        if given.shape[0] % layout.n:
+            raise ValueError(
+                f"the model holds {layout.n} deltas but was given {given.shape[0]} rows; give each"
+                " delta the same number of rows, one after the other, or use `with"
+                " adapted.weights_of(delta) as model`."
+            )
+        layout.n_rows = given.shape[0]
+
+
+def _describe(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return param.shape, param.dtype, param.device
+
+
+# ---------------------------------------------------------------------------- what can be factored
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Parameter's id -> the modules that own it: (module's name, module, attribute)."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for module_name, module in model.named_modules():
+        for attribute, param in module.named_parameters(recurse=False):
+            owners.setdefault(id(param), []).append((module_name, module, attribute))
+    return owners
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A module with nothing but vectors as wide as its one input: LayerNorm, and every RMSNorm."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    params = dict(module.named_parameters(recurse=False))
+    return (
+        not any(True for _ in module.children())
+        and "weight" in params
+        and set(params) <= {"weight", "bias"}
+        and all(p.dim() == 1 for p in params.values())
+        and "norm" in type(module).__name__.lower()
+        and len(inspect.signature(type(module).forward).parameters) == 2
+    )
+
+
+def unsupported(model: nn.Module, selections: Sequence[Selection]) -> list[str]:
+    """Why parameters cannot be factored, a phrase each; empty if all can."""
+    owners = _owners(model)
+    reasons = []
+    if hasattr(model, "_orig_mod"):
+        reasons.append("a model under torch.compile: its graph does not see the modules change")
+    for selection in selections:
+        for module_name, module, attribute in owners[id(selection.param)]:
+            reason = _reason(module, attribute, selection)
+            if reason is None and "forward" in vars(module):
+                reason = "its forward was replaced on the instance"
+            if reason is not None:
+                reasons.append(
+                    f"{selection.name} of {module_name or 'the model'}"
+                    f" ({type(module).__name__}): {reason}"
+                )
+    return reasons
+
+
+def _reason(module: nn.Module, attribute: str, selection: Selection) -> str | None:
+    if selection.param.dim() > 2:
+        return f"a {selection.param.dim()}-D tensor of experts has no factors for each token"
+    if _is_linear(module) or _is_norm(module):
+        return None
+    if _is_embedding(module):
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return "max_norm, scale_grad_by_freq and sparse are not supported"
+        return None
+    return "it is neither a plain linear, an embedding nor a norm"
+
+
+def take_over(
+    model: nn.Module, selections: Sequence[Selection], desk: Desk
+) -> tuple[list[MatrixFactors | VectorFactors], list[LinearSite | EmbeddingSite | NormSite]]:
+    """Factors of each selection, and what stands in for the modules that own them."""
+    owners = _owners(model)
+    by_param: dict[int, MatrixFactors | VectorFactors] = {}
+    for selection in selections:
+        if selection.param.dim() == 1:
+            by_param[id(selection.param)] = VectorFactors(selection)
+        else:
+            modules = [module for _, module, _ in owners[id(selection.param)]]
+            by_param[id(selection.param)] = MatrixFactors(
+                selection,
+                transposed=any(isinstance(m, Conv1D) for m in modules),
+                embeds=any(_is_embedding(m) for m in modules),
+            )
+    sites: list[LinearSite | EmbeddingSite | NormSite] = []
+    for name, module in model.named_modules():
+        own = {
+            attribute: by_param[id(param)]
+            for attribute, param in module.named_parameters(recurse=False)
+            if id(param) in by_param
+        }
+        if not own:
+            continue
+        if _is_linear(module):
+            sites.append(LinearSite(name, module, own.get("weight"), own.get("bias"), desk))
+        elif _is_embedding(module):
+            sites.append(EmbeddingSite(name, module, own["weight"], desk))
+        else:
+            sites.append(NormSite(name, module, own, desk))
+    return list(by_param.values()), sites

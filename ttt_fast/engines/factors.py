@@ -1,0 +1,495 @@
+"""Factors: what the factored engine keeps in place of gradients, momentum and snapshot.
+
+A linear weight's gradient in one step is G = dYᵀ X, with a row for each token. The rows of all
+steps lie one behind the other in buffers (D, rows, width), X in one and dY in the other, and never
+change once a step is over. Which step a row belongs to is the same for most buffers, so it is kept
+once, in :class:`Rows`; the coefficients of the steps (:mod:`ttt_fast.sgd`) then give those of the
+rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ttt_fast import ops
+from ttt_fast.reference import compute_dtype
+from ttt_fast.scope import RowSlice, Selection
+from ttt_fast.sgd import Coefficients
+
+Start = int | tuple[int, ...]  # first row of a write: one number for all deltas, or one each
+
+
+class Rows:
+    """Which step each row of a buffer belongs to, for every delta. Immutable.
+
+    Buffers that were written alike share the object: :meth:`append` gives the same successor for
+    the same step, deltas and count. So what is computed from it (coefficients of the rows) is
+    computed once.
+
+    Attributes:
+        lengths: rows of each delta.
+    """
+
+    def __init__(self, n_deltas: int) -> None:
+        self.lengths = (0,) * n_deltas
+        self._entries: tuple[tuple[int, int, int, int], ...] = ()  # step, first, last, count
+        self._successors: dict[tuple[int, int, int, int], Rows] = {}
+        self._columns: Tensor | None = None
+
+    def append(self, step: int, deltas: slice, count: int) -> Rows:
+        """These rows and ``count`` more of step ``step`` for the deltas of a slice."""
+        entry = (step, deltas.start, deltas.stop, count)
+        if entry not in self._successors:
+            successor = Rows(len(self.lengths))
+            successor.lengths = tuple(
+                length + count if deltas.start <= d < deltas.stop else length
+                for d, length in enumerate(self.lengths)
+            )
+            successor._entries = (*self._entries, entry)
+            self._successors[entry] = successor
+        return self._successors[entry]
+
+    def longest(self, deltas: slice) -> int:
+        """Rows that a product over these deltas has to cover."""
+        return max(self.lengths[deltas])
+
+    def start(self, deltas: slice) -> Start:
+        """Where the next rows of these deltas begin: one number, or one each where they differ."""
+        lengths = self.lengths[deltas]
+        return lengths[0] if len(set(lengths)) == 1 else lengths
+
+    def columns(self, device: torch.device) -> Tensor:
+        """(D, longest) step of each row; -1 behind the rows of a shorter delta."""
+        if self._columns is None:
+            table = torch.full((len(self.lengths), max(self.lengths)), -1, dtype=torch.int64)
+            ends = [0] * len(self.lengths)
+            for step, first, last, count in self._entries:
+                for d in range(first, last):
+                    table[d, ends[d] : ends[d] + count] = step
+                    ends[d] += count
+            self._columns = table.to(device)
+        return self._columns
+
+
+class RowBuffer:
+    """Rows of D deltas, (D, capacity, width), written in place. Its memory outlives a prompt.
+
+    Args:
+        width: entries of a row.
+        dtype: of the rows.
+        device: of the rows.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.width = width
+        self._storage = torch.empty(0, dtype=dtype, device=device)
+        self._data = self._storage.view(0, 0, width)
+        self._filled = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._storage.nbytes
+
+    def begin(self, n_deltas: int, capacity: int) -> None:
+        """Forget the rows; make room for ``capacity`` of each delta where there is not enough."""
+        numel = n_deltas * capacity * self.width
+        if self._storage.numel() < numel:
+            self._storage = self._storage.new_empty(numel)
+        self._data = self._storage[:numel].view(n_deltas, capacity, self.width)
+        self._filled = 0
+
+    def at(self, deltas: slice, start: Start, count: int) -> Tensor:
+        """``count`` rows of some deltas from ``start`` on, (n, count, width).
+
+        A view to write to where all start at the same row, otherwise a copy.
+        """
+        if isinstance(start, int):
+            return self._data[deltas, start : start + count]
+        pieces = zip(range(deltas.start, deltas.stop), start, strict=True)
+        return torch.stack([self._data[d, s : s + count] for d, s in pieces])
+
+    def write(
+        self,
+        deltas: slice,
+        start: Start,
+        rows: Tensor,
+        mask: Tensor | None = None,
+        add: bool = False,
+    ) -> None:
+        """Write rows (n, count, width), or add them to what is there.
+
+        Those where mask (n, count, 1) is false become 0: whatever a masked row holds, NaN included,
+        does not get in.
+        """
+        count = rows.shape[1]
+        self._reserve(deltas, start, count)
+        starts = [start] * rows.shape[0] if isinstance(start, int) else start
+        if isinstance(start, int):
+            targets = [(self._data[deltas, start : start + count], rows, mask)]
+        else:
+            targets = [
+                (self._data[deltas.start + i, s : s + count], rows[i], _row(mask, i))
+                for i, s in enumerate(starts)
+            ]
+        for target, source, kept in targets:
+            target.add_(source) if add else target.copy_(source)
+            if kept is not None:
+                target.masked_fill_(~kept, 0)
+
+    def zero(self, deltas: slice, start: Start, count: int) -> None:
+        """Write rows of zeros."""
+        shape = (deltas.stop - deltas.start, count, self.width)
+        self.write(deltas, start, self._storage.new_zeros(()).expand(shape))
+
+    def blank(self, deltas: slice, start: Start, count: int, where: Tensor) -> None:
+        """Write zeros to the rows of the deltas for which ``where`` (n,) is true."""
+        starts = [start] * len(where) if isinstance(start, int) else start
+        for i, first in enumerate(starts):
+            rows = self._data[deltas.start + i, first : first + count]
+            rows.masked_fill_(where[i], 0)
+
+    def first(self, deltas: slice, count: int) -> Tensor:
+        """The first ``count`` rows of some deltas, a view (n, count, width)."""
+        return self._data[deltas, :count]
+
+    def _reserve(self, deltas: slice, start: Start, count: int) -> None:
+        """Make room, and see to it that no delta has rows that nobody wrote."""
+        end = (start if isinstance(start, int) else max(start)) + count
+        n_deltas, capacity, _ = self._data.shape
+        if end > capacity:
+            old = self._data[:, : self._filled]
+            self._storage = self._storage.new_empty(n_deltas * max(2 * capacity, end) * self.width)
+            self._data = self._storage.view(n_deltas, -1, self.width)
+            self._data[:, : self._filled].copy_(old)
+        if end > self._filled:
+            everyone = isinstance(start, int) and deltas.stop - deltas.start == n_deltas
+            if not everyone:
+                # A shorter delta's coefficients are 0 there, and 0 times NaN is not 0.
+                self._data[:, self._filled : end].zero_()
+            self._filled = end
+
+
+class Inputs:
+    """X of one weight, or of several that are given the same tensor (q, k and v; gate and up).
+
+    Attributes:
+        buffer: the rows.
+        rows: which steps the rows belong to, of all steps that are over.
+        pending: the same with what the step in progress has written.
+        calls: (start, count) of each write of the forward in progress.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.buffer = RowBuffer(width, dtype, device)
+        self.calls: list[tuple[Start, int]] = []
+        self._last: tuple[Tensor, int, Start] | None = None
+
+    def begin(self, root: Rows, capacity: int) -> None:
+        """Start a session without rows."""
+        self.buffer.begin(len(root.lengths), capacity)
+        self.rows = self.pending = root
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the tensors of the forward that is over."""
+        self._last = None
+        self.calls = []
+
+    def is_last(self, x: Tensor) -> bool:
+        """Whether x is the very tensor that was recorded last, unchanged."""
+        return self._last is not None and self._last[0] is x and self._last[1] == x._version
+
+    def record(
+        self, x: Tensor, rows: Tensor, deltas: slice, step: int, mask: Tensor | None
+    ) -> Start:
+        """Write the rows (n, M, in) of tensor x unless another weight did; return their start."""
+        if not self.is_last(x):
+            start, count = self.pending.start(deltas), rows.shape[1]
+            self.buffer.write(deltas, start, rows, mask)
+            self.pending = self.pending.append(step, deltas, count)
+            self.calls.append((start, count))
+            self._last = (x, x._version, start)
+        return self._last[2]
+
+
+class Lookups:
+    """The gradient of an embedding: G = Σ over tokens, dE_t added to the row of token t.
+
+    Attributes:
+        ids: token ids, (D, rows, 1).
+        dy: dE, the gradient at the raw lookup.
+        rows: which steps they belong to, of all steps that are over; ``pending`` with the one in
+            progress.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.ids = RowBuffer(1, torch.int64, device)
+        self.dy = RowBuffer(width, dtype, device)
+        self.open_calls: dict[Start, int] = {}
+        self.arrived = False
+
+    def begin(self, root: Rows, capacity: int) -> None:
+        """Start a session without rows."""
+        self.ids.begin(len(root.lengths), capacity)
+        self.dy.begin(len(root.lengths), capacity)
+        self.rows = self.pending = root
+
+    def record_ids(self, deltas: slice, step: int, ids: Tensor) -> Start:
+        """Write the ids (n, M) of a call; return the start of its rows."""
+        start, count = self.pending.start(deltas), ids.shape[1]
+        self.ids.write(deltas, start, ids[:, :, None])
+        self.pending = self.pending.append(step, deltas, count)
+        self.open_calls[start] = count
+        return start
+
+    def record_dy(self, deltas: slice, start: Start, dy: Tensor) -> None:
+        """Write dE (n, M, width) of a call."""
+        self.dy.write(deltas, start, dy)
+        del self.open_calls[start]
+        self.arrived = True
+
+
+class MatrixFactors:
+    """The gradients of one matrix: G = Σ dYᵀ X over its linear uses, + lookups where it embeds.
+
+    Attributes:
+        selection: the parameter.
+        weight: its values as (out, in), whichever way it is stored.
+        inputs: X; None before the first linear use.
+        dy: dY of the selected outputs; its rows are those of ``inputs``.
+        lookups: its use as an embedding, None if it has none.
+        track: the coefficients.
+    """
+
+    def __init__(self, selection: Selection, transposed: bool, embeds: bool) -> None:
+        self.selection = selection
+        self._transposed = transposed
+        stored, rows = selection.param.detach(), selection.rows
+        self.weight = stored.t() if transposed else stored
+        n_out, n_in = self.weight.shape
+        if rows is not None:
+            n_out = n_out // rows.period * rows.length
+        self.inputs: Inputs | None = None
+        self.dy = RowBuffer(n_out, stored.dtype, stored.device)
+        self.lookups = Lookups(n_in, stored.dtype, stored.device) if embeds else None
+        self.track: Track | None = None
+        self._arrived: set[Start] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of dY and the lookups; X is counted with ``inputs``."""
+        lookups = self.lookups
+        return self.dy.nbytes + (lookups.ids.nbytes + lookups.dy.nbytes if lookups else 0)
+
+    def begin(self, root: Rows, capacity: int, track: Track) -> None:
+        """Start a session without rows."""
+        self.dy.begin(len(root.lengths), capacity)
+        if self.lookups is not None:
+            self.lookups.begin(root, capacity)
+        self.track = track
+        stored = self.selection.param.detach()
+        self.weight = stored.t() if self._transposed else stored
+        self.open_forward()
+
+    def select(self, y: Tensor) -> Tensor:
+        """The selected columns of y (n, M, out): y itself, or a view (n, M, groups, length)."""
+        return _select(y, self.selection.rows)
+
+    # ------------------------------------------------------------------ one forward
+
+    def open_forward(self) -> None:
+        """Be ready to record a forward and its backward."""
+        self._arrived = set()
+        if self.lookups is not None:
+            self.lookups.open_calls, self.lookups.arrived = {}, False
+
+    def record_dy(self, deltas: slice, start: Start, dy: Tensor) -> None:
+        """Write dY (n, M, out) of a linear use, already 0 at padding; keep the selected columns."""
+        selected = self.select(dy)
+        selected = selected.flatten(2) if selected.dim() == 4 else selected
+        # Two uses of the very same x share its rows, so their gradients add up.
+        self.dy.write(deltas, start, selected, add=start in self._arrived)
+        self._arrived.add(start)
+
+    def close_forward(self, deltas: slice) -> bool:
+        """Write zeros for uses that no gradient reached; return whether one was reached."""
+        for start, count in self.inputs.calls if self.inputs is not None else ():
+            if start not in self._arrived:
+                self.dy.zero(deltas, start, count)
+        lookups = self.lookups
+        for start, count in lookups.open_calls.items() if lookups else ():
+            lookups.dy.zero(deltas, start, count)
+        return bool(self._arrived) or (lookups is not None and lookups.arrived)
+
+    def squared_norm(self, deltas: slice) -> Tensor:
+        """‖G‖² of each delta for the step in progress, (n,), without forming G.
+
+        Σ (dY dYᵀ)∘(X Xᵀ) + Σ (dE dEᵀ)∘[x_i = x_j] + 2 Σ_{s,t} dY[s, x_t]·⟨X_s, dE_t⟩
+        """
+        total = torch.zeros((), dtype=compute_dtype(self.weight.dtype), device=self.weight.device)
+        x = dy = e = None
+        if self.inputs is not None and self.inputs.calls:
+            start, count = _new_rows(self.inputs.rows, self.inputs.pending, deltas)
+            x = self.inputs.buffer.at(deltas, start, count)
+            dy = self.dy.at(deltas, start, count)
+            total = total + ops.gram_norm(x, dy)
+        if self.lookups is not None:
+            start, count = _new_rows(self.lookups.rows, self.lookups.pending, deltas)
+            e = self.lookups.dy.at(deltas, start, count).to(total.dtype)
+            ids = self.lookups.ids.at(deltas, start, count)[:, :, 0]
+            same = ids[:, :, None] == ids[:, None, :]
+            total = total + (torch.bmm(e, e.transpose(1, 2)) * same).sum((1, 2))
+        if dy is not None and e is not None:
+            at_ids = dy.gather(2, ids[:, None, :].expand(-1, dy.shape[1], -1))
+            total = total + 2 * (torch.bmm(x.to(total.dtype), e.transpose(1, 2)) * at_ids).sum(
+                (1, 2)
+            )
+        return total
+
+    def blank(self, deltas: slice, where: Tensor) -> None:
+        """Make the step's gradient 0 for the deltas of a slice for which ``where`` (n,) is true."""
+        if self.inputs is not None:
+            start, count = _new_rows(self.inputs.rows, self.inputs.pending, deltas)
+            self.inputs.buffer.blank(deltas, start, count, where)
+            self.dy.blank(deltas, start, count, where)
+        if self.lookups is not None:
+            start, count = _new_rows(self.lookups.rows, self.lookups.pending, deltas)
+            self.lookups.dy.blank(deltas, start, count, where)
+
+    def close_step(self) -> None:
+        """The rows of the step in progress become part of the past."""
+        if self.lookups is not None:
+            self.lookups.rows = self.lookups.pending
+
+
+class VectorFactors:
+    """The gradients of a bias or a norm's weight: one row a step, in the compute type.
+
+    Attributes:
+        selection: the parameter.
+        grads: (D, steps, selected).
+        rows: which steps they belong to.
+        track: the coefficients.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        param = selection.param.detach()
+        self.base = param.to(compute_dtype(param.dtype))
+        self.grads = RowBuffer(selection.view().numel(), self.base.dtype, param.device)
+        self.track: Track | None = None
+        self.current_leaf: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.grads.nbytes
+
+    def begin(self, root: Rows, capacity: int, track: Track) -> None:
+        """Start a session without rows."""
+        self.grads.begin(len(root.lengths), capacity)
+        self.rows = self.pending = root
+        self.track = track
+        # The weights may have been changed by their owner since the last prompt.
+        self.base = self.selection.param.detach().to(self.base.dtype)
+        self.open_forward()
+
+    def effective(self, rho: Tensor | None, beta: Tensor | None, deltas: slice) -> Tensor:
+        """ρ·w₀ − Σ β_s g_s for each delta of a slice, (n, size) in the compute type."""
+        n = deltas.stop - deltas.start
+        out = self.base.expand(n, -1).clone()
+        if rho is not None:
+            selected = _select(out, self.selection.rows)
+            selected.mul_(rho.view(-1, *[1] * (selected.dim() - 1)))
+        if beta is not None:
+            steps = self.grads.first(deltas, beta.shape[1])
+            target = _select(out, self.selection.rows)
+            target.sub_(torch.bmm(beta[:, None], steps).view(target.shape))
+        return out
+
+    # ------------------------------------------------------------------ one forward
+
+    def open_forward(self) -> None:
+        """Be ready to record a forward and its backward."""
+        self.current_leaf = None
+
+    def leaf(self, effective: Tensor) -> Tensor:
+        """The tensor (n, size) that stands for the parameter in the forward being recorded."""
+        if self.current_leaf is None:
+            self.current_leaf = effective.requires_grad_()
+        return self.current_leaf
+
+    def close_forward(self, deltas: slice, step: int) -> bool:
+        """Keep the gradient that arrived; return whether one did."""
+        grad = None if self.current_leaf is None else self.current_leaf.grad
+        if grad is None:
+            return False
+        selected = _select(grad, self.selection.rows).flatten(1)
+        self.grads.write(deltas, self.pending.start(deltas), selected[:, None])
+        self.pending = self.pending.append(step, deltas, 1)
+        return True
+
+    def squared_norm(self, deltas: slice) -> Tensor:
+        """‖g‖² of each delta for the step in progress, (n,)."""
+        start, count = _new_rows(self.rows, self.pending, deltas)
+        return self.grads.at(deltas, start, count).square().sum((1, 2))
+
+    def blank(self, deltas: slice, where: Tensor) -> None:
+        """Make the step's gradient 0 for the deltas of a slice for which ``where`` (n,) is true."""
+        start, count = _new_rows(self.rows, self.pending, deltas)
+        self.grads.blank(deltas, start, count, where)
+
+    def close_step(self) -> None:
+        """The row of the step in progress becomes part of the past."""
+        self.rows = self.pending
+
+
+@dataclass
+class Track:
+    """Parameters that share coefficients: one group, and a gradient in the same steps.
+
+    Attributes:
+        group: number of the parameter group, -1 for the default one.
+        coefficients: of all deltas.
+        decays: whether W₀'s own coefficient ρ can differ from 1.
+    """
+
+    group: int
+    coefficients: Coefficients
+    decays: bool
+    members: list[MatrixFactors | VectorFactors] = field(default_factory=list)
+
+
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """Products a b for (n, M, i) and (n, i, R); one alone is not sent through the batched code."""
+    return torch.mm(a[0], b[0])[None] if a.shape[0] == 1 else torch.bmm(a, b)
+
+
+def add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to y, (n, M, out) or, where columns are selected, (n, M, groups, length)."""
+    if y.dim() == 4:
+        y.add_(batched_product(a, b).view(y.shape))
+    elif y.shape[0] == 1:
+        y[0].addmm_(a[0], b[0])
+    else:
+        y.baddbmm_(a, b)
+
+
+def _select(tensor: Tensor, rows: RowSlice | None) -> Tensor:
+    """The selected entries of the last dimension, as a view with one more where there are rows."""
+    if rows is None:
+        return tensor
+    return tensor.unflatten(-1, (-1, rows.period)).narrow(-1, rows.start, rows.length)
+
+
+def _new_rows(rows: Rows, pending: Rows, deltas: slice) -> tuple[Start, int]:
+    """Start and number of the rows that the step in progress has added for some deltas."""
+    return rows.start(deltas), pending.lengths[deltas.start] - rows.lengths[deltas.start]
+
+
+def _row(mask: Tensor | None, i: int) -> Tensor | None:
+    return None if mask is None else mask[i]

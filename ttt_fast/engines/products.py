@@ -1,0 +1,260 @@
+"""Weight gradients that are never whole in memory.
+
+A linear layer's gradient is aᵀ b, and on a short prompt the two factors are far smaller than it.
+Kept as factors it costs no buffer; its norm comes from Gram matrices (:func:`ops.gram_norm`), and
+the update forms it a block of rows at a time, in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_fast import ops
+from ttt_fast.reference import UNDO_CHUNK, compute_dtype
+
+# The norm of a gradient that is there reads it; before that it was written (which reads the lines
+# first), afterwards the update reads it: 16 bytes in float32 that factors do not move.
+SAVED_BYTES = 16
+# Operations of gram_norm that may be spent to save one of these bytes. On one busy core of an EPYC
+# (Zen 4), SmolLM2 in float32: backward and update take as long either way at M = 20, and 7 to 14 %
+# longer with products at M = 64, where they would only save memory. 1.0 ends in between, at M = 57
+# for 576 x 1536.
+FLOPS_PER_BYTE = 1.0
+# Bytes of one block of a gradient. On a CPU it stays in the cache together with the weights and the
+# momentum; smaller ones cost more in calls (60 µs each) than they save. Other devices have launches
+# to save rather than a cache to stay in.
+CPU_BLOCK_BYTES = 4 << 20
+DEVICE_BLOCK_BYTES = 256 << 20
+
+
+class Products:
+    """A gradient  G = Σ aᵀ b + Σ (rows of a lookup, added at their ids),  of shape (n, m).
+
+    Args:
+        n: rows of the weight as a matrix, of those that are selected.
+        m: its columns.
+    """
+
+    def __init__(self, n: int, m: int) -> None:
+        self.n, self.m = n, m
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._lookups: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the factors."""
+        return (self._pairs or self._lookups)[0][1].dtype
+
+    def __bool__(self) -> bool:
+        return bool(self._pairs or self._lookups)
+
+    def add_pair(self, a: Tensor, b: Tensor) -> None:
+        """Add aᵀ b for a (M, n) and b (M, m), which are kept as they are."""
+        # Detached, or the graph of the whole forward would be kept with them.
+        self._pairs.append((a.detach(), b.detach()))
+
+    def add_lookup(self, ids: Tensor, rows: Tensor) -> None:
+        """Add each of rows (M, m) to the row of G that ids (M,) names."""
+        self._lookups.append((ids, rows.detach()))
+
+    def clear(self) -> None:
+        """Let go of all factors."""
+        self._pairs, self._lookups = [], []
+
+    def pays(self, pair_rows: int = 0, lookup_rows: int = 0) -> bool:
+        """Whether the norm costs less than it saves, with so many rows more.
+
+        M tokens cost 2 M² (n + m) operations and save 16 n·m bytes: short prompts, wide layers.
+        """
+        used = pair_rows + sum(len(b) for _, b in self._pairs)
+        found = lookup_rows + sum(len(rows) for _, rows in self._lookups)
+        flops = 2 * (used * used * (self.n + self.m) + found * (found + used) * self.m)
+        return flops <= FLOPS_PER_BYTE * SAVED_BYTES * self.n * self.m
+
+    def squared_norm(self, backend: str = "auto") -> Tensor:
+        """‖G‖² without G, 0-dim float64.
+
+            Σ (a aᵀ)∘(b bᵀ) + Σ (e eᵀ)∘[i_s = i_t] + 2 Σ_{s,t} a[s, i_t]·⟨b_s, e_t⟩
+
+        for factors a and b and rows e that were looked up at ids i; the last where a weight is used
+        both ways (a tied embedding and head). Several uses count as more tokens.
+        """
+        squares = []
+        if self._pairs:
+            a, b = _concatenated(self._pairs)
+            square = ops.gram_norm(b[None], a[None], backend=ops.backend_for("gram_norm", backend))
+            squares.append(square[0].double())
+        if self._lookups:
+            ids, rows = _concatenated(self._lookups)
+            rows = rows.to(compute_dtype(rows.dtype))
+            same = (rows @ rows.t()) * (ids[:, None] == ids)
+            squares.append(same.sum(dtype=torch.float64))
+        if self._pairs and self._lookups:
+            cross = a.index_select(1, ids).to(rows.dtype) * (b.to(rows.dtype) @ rows.t())
+            squares.append(2 * cross.sum(dtype=torch.float64))
+        # Rounding may leave nothing of a sum that cancels. NaN stays NaN.
+        return torch.stack(squares).sum().clamp_min(0)
+
+    def write_rows(self, start: int, out: Tensor) -> Tensor:
+        """Write rows ``start`` and the following of G into out (rows, m), in its dtype."""
+        stop = start + len(out)
+        if not self._pairs:
+            out.zero_()
+        for k, (a, b) in enumerate(self._pairs):
+            factor = a[:, start:stop].t()
+            if k == 0:
+                torch.mm(factor, b, out=out)
+            else:
+                out.addmm_(factor, b)
+        for ids, rows in self._lookups:
+            # Zeros for what lies outside: the size of a selection is known only on the device.
+            outside = (ids < start) | (ids >= stop)
+            places = (ids - start).clamp_(0, len(out) - 1)
+            out.index_add_(0, places, rows.masked_fill(outside[:, None], 0))
+        return out
+
+
+Gradient = Tensor | Products
+
+
+def _concatenated(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    first, second = zip(*pairs, strict=True)
+    return torch.cat(first), torch.cat(second)
+
+
+def global_norm(gradients: Iterable[Gradient], backend: str = "auto") -> Tensor:
+    """Norm of all gradients together, 0-dim as :func:`ops.grad_norm` gives it."""
+    gradients = list(gradients)
+    products = [g for g in gradients if isinstance(g, Products)]
+    norm = ops.grad_norm([g for g in gradients if isinstance(g, Tensor)], backend=backend)
+    if not products:
+        return norm
+    squares = [product.squared_norm(backend) for product in products]
+    device = squares[0].device
+    total = torch.stack([s.to(device) for s in (norm.double().square(), *squares)]).sum().sqrt()
+    double = norm.dtype == torch.float64 or any(p.dtype == torch.float64 for p in products)
+    return total.to(torch.float64 if double else torch.float32)
+
+
+# ---------------------------------------------------------------------------- blocks of rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """A weight, or the entries from ``start`` to ``stop`` of its first dimension.
+
+    Attributes:
+        index: which weight.
+        start: first entry.
+        stop: end; None for the whole weight.
+        offset: elements in front of the block.
+    """
+
+    index: int
+    start: int = 0
+    stop: int | None = None
+    offset: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The block of a tensor of the weight's shape, a view."""
+        return tensor if self.stop is None else _by_entry(tensor)[self.start : self.stop]
+
+
+def blocks_for_calls(
+    views: Sequence[Tensor], indices: Sequence[int], logged: bool = False
+) -> Iterator[list[Block]]:
+    """Cut weights into blocks for calls of a fused update: many small ones, or part of a large one.
+
+    Args:
+        views: the weights.
+        indices: which of them, on one device.
+        logged: an undo log follows the update; its runs are not divided.
+
+    Yields:
+        blocks of one dtype, together as large as fits the cache.
+    """
+    blocks: list[Block] = []
+    filled = 0
+    for i in indices:
+        view = _by_entry(views[i])
+        limit = CPU_BLOCK_BYTES if view.device.type == "cpu" else DEVICE_BLOCK_BYTES
+        numel = view[:1].numel()
+        step = max(1, limit // max(1, numel * view.itemsize))
+        if logged:
+            run = UNDO_CHUNK // math.gcd(UNDO_CHUNK, numel)
+            step = -(-step // run) * run
+        for start in range(0, len(view), step):
+            stop = min(start + step, len(view))
+            size = (stop - start) * numel * view.itemsize
+            if blocks and (filled + size > limit or views[blocks[0].index].dtype != view.dtype):
+                yield blocks
+                blocks, filled = [], 0
+            blocks.append(Block(i, start, stop, start * numel))
+            filled += size
+    if blocks:
+        yield blocks
+
+
+def _by_entry(view: Tensor) -> Tensor:
+    """Without the first dimension of a row slice's view where that is a single group of rows."""
+    return view.squeeze(0) if view.dim() == 3 else view
+
+
+class Scratch:
+    """Memory for the blocks of one call, reused by all that follow."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def fill(
+        self, blocks: Sequence[Block], params: Sequence[Tensor], gradients: Sequence[Gradient]
+    ) -> list[Tensor]:
+        """Form the blocks of gradients that are products.
+
+        Args:
+            blocks: of one call.
+            params: the same blocks of the weights, for shapes, dtype and device.
+            gradients: of all weights.
+        """
+        buffer = self._buffer(sum(param.numel() for param in params), params[0])
+        filled, formed = 0, []
+        for block, param in zip(blocks, params, strict=True):
+            products = gradients[block.index]
+            place = buffer[filled : filled + param.numel()]
+            filled += param.numel()
+            products.write_rows(block.offset // products.m, place.view(-1, products.m))
+            formed.append(place.view(param.shape))
+        return formed
+
+    def _buffer(self, numel: int, like: Tensor) -> Tensor:
+        """At least so many elements, flat."""
+        key = like.device, like.dtype
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[key] = torch.empty(numel, dtype=key[1], device=key[0])
+        return buffer
+
+
+# More rows than this and torch's own products, which copy W into another order first, catch up.
+_FEW_ROWS = 512
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x Wᵀ; for few rows in float32 on a CPU by a product that reads W as it lies."""
+    rows = x.shape[:-1].numel()
+    lies_in_rows = 1 in weight.stride()
+    few = 0 < rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32
+    if not (few and lies_in_rows):
+        return F.linear(x, weight)
+    nothing = x.new_empty(1, 0, x.shape[-1]), x.new_empty(1, 0, len(weight)), x.new_empty(1, 0)
+    plain = ops.implementation("delta_linear", "cpu")
+    y = plain(x.reshape(1, rows, x.shape[-1]).contiguous(), weight, *nothing, None)
+    return y.view(*x.shape[:-1], len(weight))

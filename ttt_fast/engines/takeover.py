@@ -1,0 +1,519 @@
+"""Modules that compute with a delta: W₀ is read, W₀ + Δ is what they act as.
+
+The user's modules stay in the model. While a store of factors is attached, the ``forward`` of those
+that own selected parameters is one of the functions below:
+
+    y  = ρ·x W₀ᵀ − ((x Xᵀ)∘β) dY        dx = ρ·dy W₀ − ((dy dYᵀ)∘β) X
+
+with X and dY the rows of all earlier steps; several deltas at once are a batch of such products on
+the rows of one reading of W₀. In a forward that is recorded, x and dy are written behind those
+rows: that is the gradient, and nothing else is saved for the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from ttt_fast import ops, reference
+from ttt_fast.engines.factors import (
+    Inputs,
+    MatrixFactors,
+    Rows,
+    Track,
+    VectorFactors,
+    add_product_,
+    batched_product,
+)
+from ttt_fast.reference import compute_dtype
+
+
+@dataclass
+class Layout:
+    """Whose rows of tokens a forward works on: consecutive ones belong to consecutive deltas.
+
+    So which delta a token belongs to is known from its place in memory, whatever shape a model
+    gives its hidden states: (N, T, D), or (N·T, D) as OPT's.
+
+    Attributes:
+        deltas: the deltas, a slice.
+        n_rows: rows N of the batch, a multiple of their number.
+        step: number of the step that is recorded; None in a forward that is not.
+        n_tokens: M, tokens of each delta in a recorded forward, padding included.
+        mask: (n, M, 1) bool, false at padding; None where there is none.
+        at_step: use the coefficients of this earlier step; None for the newest.
+    """
+
+    deltas: slice
+    n_rows: int
+    step: int | None = None
+    n_tokens: int = 0
+    mask: Tensor | None = None
+    at_step: int | None = None
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def n(self) -> int:
+        """Number of deltas."""
+        return self.deltas.stop - self.deltas.start
+
+    @property
+    def recording(self) -> bool:
+        """Whether this forward is a step's."""
+        return self.step is not None
+
+    def split(self, x: Tensor, name: str) -> Tensor:
+        """Return x (..., width) as (n, tokens of each delta, width)."""
+        tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        fits = tokens % self.n_tokens == 0 if self.recording else x.shape[0] % self.n == 0
+        if self.n > 1 and not (fits and tokens % self.n == 0 and tokens >= self.n_rows):
+            raise ValueError(
+                f"{name} was given an input of shape {tuple(x.shape)} in a batch of {self.n_rows}"
+                f" rows for {self.n} deltas, so which row belongs to which delta cannot be told."
+                " Adapt the prompts one by one, or use engine='dense'."
+            )
+        return x.reshape(self.n, -1, x.shape[-1]).contiguous()
+
+    def mask_for(self, count: int) -> Tensor | None:
+        """The mask for ``count`` vectors of each delta, None where they are not one a token.
+
+        Heads come before or after the tokens, as a model likes; their padding gets no gradient
+        from attention anyway.
+        """
+        return self.mask if count == self.n_tokens else None
+
+    def rho(self, track: Track, dtype: torch.dtype) -> Tensor | None:
+        """Coefficient of W₀, (n,); None where it is 1 by definition."""
+        if not track.decays:
+            return None
+        key = (id(track), "rho", dtype)
+        if key not in self._cache:
+            rho = self._coefficients(track)[0]
+            self._cache[key] = rho[self.deltas].to(dtype).contiguous()
+        return self._cache[key]
+
+    def beta(self, rows: Rows, track: Track, dtype: torch.dtype) -> Tensor | None:
+        """β of every row of a buffer, (n, longest); None where there are no rows."""
+        count = rows.longest(self.deltas)
+        if count == 0:
+            return None
+        key = (id(track), rows, dtype)
+        if key not in self._cache:
+            beta = self._coefficients(track)[1]
+            # One column more, of zeros, for what lies behind the rows of a shorter delta.
+            columns = rows.columns(beta.device)[self.deltas, :count]
+            columns = torch.where(columns < 0, beta.shape[1], columns)
+            padded = F.pad(beta[self.deltas], (0, 1))
+            self._cache[key] = padded.gather(1, columns).to(dtype)
+        return self._cache[key]
+
+    def _coefficients(self, track: Track) -> tuple[Tensor, Tensor]:
+        coefficients = track.coefficients
+        if self.at_step is None:
+            return coefficients.rho, coefficients.beta
+        return coefficients.at(self.at_step)
+
+
+class Desk:
+    """What the taken-over modules of an engine share: the layout of the forward in progress.
+
+    Attributes:
+        layout: None while nothing is attached.
+        anchor: an input of every recorded product, so that autograd comes by even where nothing in
+            front of it needs a gradient.
+        newest: the X that was recorded last; a module that is given the same tensor joins it.
+        new_inputs: makes room for another X.
+        wide: the compute type; coefficients are in it.
+        delta_linear: the op of that name.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Desk:
+        raise RuntimeError(
+            "a model cannot be copied while a factored adaptation is attached to it: the copy would"
+            " compute with the deltas, too. Call adapted.detach() or restore() first, or"
+            " adapted.merge(copy=True) for a copy that has the adapted weights."
+        )
+
+    def __init__(self, param: Tensor, backend: str) -> None:
+        device = param.device
+        self.wide = compute_dtype(param.dtype)
+        # C++ has no float16; nothing else would be gained from it there.
+        half = param.dtype == torch.float16
+        backend = "torch" if half else ops.backend_for("delta_linear", backend)
+        self.delta_linear = ops.implementation("delta_linear", device.type, backend)
+        if param.dtype == torch.bfloat16 and device.type == "cpu":
+            self.delta_linear = _with_bfloat16_units(self.delta_linear)
+        self.layout: Layout | None = None
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.newest: Inputs | None = None
+        self.new_inputs: Callable[[int, torch.dtype, torch.device], Inputs] | None = None
+
+
+def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """delta_linear whose large products go through oneDNN, which has bfloat16 arithmetic.
+
+    oneDNN adds the delta before it rounds, so a delta below the rounding of x Wᵀ is not lost.
+    """
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if product is None:
+        return delta_linear
+
+    def run(
+        x: Tensor, weight: Tensor, a: Tensor, d: Tensor, beta: Tensor, rho: Tensor | None
+    ) -> Tensor:
+        tokens = x.shape[0] * x.shape[1]
+        if rho is not None or tokens < _MANY_TOKENS:
+            return delta_linear(x, weight, a, d, beta, rho)
+        rows = x.view(tokens, -1)
+        if beta.shape[1] == 0:
+            return F.linear(rows, weight).view(*x.shape[:2], -1)
+        delta = delta_linear(x, None, a, d, beta, None)
+        y = product.binary(rows, delta.view(tokens, -1), weight, None, "add")
+        return y.view(delta.shape)
+
+    return run
+
+
+# Below this many tokens reading the weight takes longer than the arithmetic, whatever its type.
+_MANY_TOKENS = 48
+
+
+class LinearSite:
+    """Stands in for the ``forward`` of an ``nn.Linear`` or a ``Conv1D``.
+
+    Args:
+        name: of the module.
+        module: the module.
+        matrix: its weight's factors, None if the weight is not selected.
+        bias: its bias' factors, likewise.
+        desk: shared state.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        matrix: MatrixFactors | None,
+        bias: VectorFactors | None,
+        desk: Desk,
+    ) -> None:
+        self.name, self.module, self.matrix, self.bias, self.desk = name, module, matrix, bias, desk
+        self.transposed = isinstance(module, Conv1D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's forward with the deltas of the layout."""
+        layout = self.desk.layout
+        bias = None if self.bias is None else _vector(self.bias, layout)
+        if self.matrix is None:
+            weight = self.module.weight.detach()
+            y = F.linear(x, weight.t() if self.transposed else weight)
+            shifted = layout.split(y, self.name) + bias[:, None]
+            return shifted.to(y.dtype).view(y.shape)
+        if layout.recording:
+            return _Linear.apply(x, bias, self.desk.anchor, self)
+        y = self.product(layout.split(x, self.name), bias, layout)
+        return y.view(*x.shape[:-1], -1)
+
+    def product(self, rows: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+        """The formula for x as (n, M, in); ``bias`` is (n, out), or None for the module's own."""
+        matrix, deltas = self.matrix, layout.deltas
+        wide, inputs, lookups = self.desk.wide, matrix.inputs, matrix.lookups
+        rho = layout.rho(matrix.track, wide)
+        beta = None if inputs is None else layout.beta(inputs.rows, matrix.track, wide)
+        y = self._linear(
+            rows,
+            matrix.weight,
+            None if beta is None else inputs.buffer.first(deltas, beta.shape[1]),
+            None if beta is None else matrix.dy.first(deltas, beta.shape[1]),
+            beta,
+            rho,
+        )
+        if lookups is not None:
+            beta = layout.beta(lookups.rows, matrix.track, wide)
+            if beta is not None:
+                e = lookups.dy.first(deltas, beta.shape[1])
+                scores = batched_product(rows, e.transpose(1, 2)).mul_(-beta[:, None])
+                ids = lookups.ids.first(deltas, beta.shape[1])
+                y.scatter_add_(2, ids.transpose(1, 2).expand_as(scores), scores)
+        if bias is not None:
+            y.add_(bias[:, None])
+        elif self.module.bias is not None:
+            y.add_(self.module.bias)
+        return y
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor | None,
+        d: Tensor | None,
+        beta: Tensor | None,
+        rho: Tensor | None,
+    ) -> Tensor:
+        """ρ·x Wᵀ − ((x aᵀ)∘β) d on the selected outputs, x Wᵀ on the others."""
+        matrix = self.matrix
+        if beta is None:
+            beta = x.new_empty(x.shape[0], 0, dtype=self.desk.wide)
+            a, d = x.new_empty(x.shape[0], 0, x.shape[2]), x.new_empty(x.shape[0], 0, len(weight))
+        if matrix.selection.rows is None:
+            # Whoever takes a gradient through the adapted model needs operations of torch.
+            through = x.requires_grad and torch.is_grad_enabled()
+            op = reference.delta_linear if through else self.desk.delta_linear
+            return op(x, weight, a, d, beta, rho)
+        y = F.linear(x, weight)
+        selected = matrix.select(y)
+        if rho is not None:
+            selected.mul_(rho[:, None, None, None])
+        if beta.shape[1]:
+            scores = batched_product(x, a.transpose(1, 2)).mul_(-beta[:, None])
+            add_product_(selected, scores, d)
+        return y
+
+    def record(self, x: Tensor, rows: Tensor, layout: Layout) -> int | tuple[int, ...]:
+        """Write x into X, unless a module that was given the same tensor has."""
+        matrix, desk = self.matrix, self.desk
+        if matrix.inputs is None:
+            joined = desk.newest is not None and desk.newest.is_last(x)
+            matrix.inputs = (
+                desk.newest
+                if joined and len(desk.newest.calls) == 1 and not any(desk.newest.rows.lengths)
+                else desk.new_inputs(x.shape[-1], x.dtype, x.device)
+            )
+        desk.newest = matrix.inputs
+        mask = layout.mask_for(rows.shape[1])
+        return matrix.inputs.record(x, rows, layout.deltas, layout.step, mask)
+
+    def input_gradient(self, dy: Tensor, layout: Layout) -> Tensor:
+        """The gradient at x (n, M, in) for dy (n, M, out): the formula, transposed."""
+        matrix, deltas = self.matrix, layout.deltas
+        wide, inputs, lookups = self.desk.wide, matrix.inputs, matrix.lookups
+        rho = layout.rho(matrix.track, wide)
+        beta = layout.beta(inputs.rows, matrix.track, wide)
+        if matrix.selection.rows is None:
+            count = 0 if beta is None else beta.shape[1]
+            dx = self.desk.delta_linear(
+                dy,
+                matrix.weight.t(),
+                matrix.dy.first(deltas, count),
+                inputs.buffer.first(deltas, count),
+                dy.new_empty(layout.n, 0, dtype=wide) if beta is None else beta,
+                rho,
+            )
+        else:
+            selected = matrix.select(dy)
+            if beta is not None:
+                earlier = matrix.dy.first(deltas, beta.shape[1])
+                scores = batched_product(selected.flatten(2), earlier.transpose(1, 2))
+            if rho is not None:
+                dy = dy.clone()
+                matrix.select(dy).mul_(rho[:, None, None, None])
+            dx = dy.matmul(matrix.weight)
+            if beta is not None:
+                scores.mul_(-beta[:, None])
+                add_product_(dx, scores, inputs.buffer.first(deltas, beta.shape[1]))
+        if lookups is not None:
+            beta = layout.beta(lookups.rows, matrix.track, wide)
+            if beta is not None:
+                ids = lookups.ids.first(deltas, beta.shape[1]).transpose(1, 2)
+                scores = dy.gather(2, ids.expand(-1, dy.shape[1], -1)).mul_(-beta[:, None])
+                add_product_(dx, scores, lookups.dy.first(deltas, beta.shape[1]))
+        return dx
+
+
+class _Linear(torch.autograd.Function):
+    """A recorded product; the gradient of its weight is two rows of factors a token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor, site: LinearSite
+    ) -> Tensor:
+        layout = site.desk.layout
+        rows = layout.split(x, site.name)
+        ctx.start = site.record(x, rows, layout)
+        ctx.site, ctx.layout, ctx.shape = site, layout, x.shape
+        return site.product(rows, bias, layout).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        site, layout = ctx.site, ctx.layout
+        dy = dy.reshape(layout.n, -1, dy.shape[-1]).contiguous()
+        mask = layout.mask_for(dy.shape[1])
+        if mask is not None:
+            dy = dy.masked_fill(~mask, 0)
+        site.matrix.record_dy(layout.deltas, ctx.start, dy)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = site.input_gradient(dy, layout).view(ctx.shape)
+        dbias = None
+        if ctx.needs_input_grad[1]:
+            dbias = dy.sum(1, dtype=site.bias.base.dtype)
+        return dx, dbias, None, None
+
+
+class EmbeddingSite:
+    """Stands in for the ``forward`` of an ``nn.Embedding``, or around the lookup of a subclass.
+
+    Gemma scales inside its embedding module and OPT shifts position ids there: the lookup itself
+    is what is replaced.
+    """
+
+    def __init__(self, name: str, module: nn.Embedding, matrix: MatrixFactors, desk: Desk) -> None:
+        self.name, self.module, self.matrix, self.desk = name, module, matrix, desk
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's forward with the deltas of the layout."""
+        original = type(self.module).forward
+        if original is nn.Embedding.forward:
+            return self.lookup(*args, **kwargs)
+        with _Intercept(self):
+            return original(self.module, *args, **kwargs)
+
+    def lookup(self, input: Tensor) -> Tensor:
+        """Rows of W₀ + Δ for ids (N, T), or (1, T) ids that all rows share: (N, T, D)."""
+        layout = self.desk.layout
+        if input.shape[0] == 1 and layout.n > 1:
+            # Each row's positions move in its own way.
+            input = input.expand(layout.n_rows, *input.shape[1:])
+        ids = layout.split(input[..., None], self.name)[..., 0]
+        if layout.recording:
+            y = _Lookup.apply(ids, self.desk.anchor, self)
+        else:
+            y = self.rows_of(ids, layout)
+        return y.view(*input.shape, -1)
+
+    def rows_of(self, ids: Tensor, layout: Layout) -> Tensor:
+        """The formula, for ids (n, M): (n, M, D)."""
+        matrix, deltas = self.matrix, layout.deltas
+        wide, lookups, inputs = self.desk.wide, matrix.lookups, matrix.inputs
+        y = F.embedding(ids, matrix.weight).to(wide)
+        rho = layout.rho(matrix.track, wide)
+        if rho is not None:
+            y.mul_(rho[:, None, None])
+        beta = layout.beta(lookups.rows, matrix.track, wide)
+        if beta is not None:
+            earlier = lookups.ids.first(deltas, beta.shape[1]).transpose(1, 2)
+            scores = (ids[:, :, None] == earlier) * -beta[:, None]
+            add_product_(y, scores, lookups.dy.first(deltas, beta.shape[1]).to(wide))
+        beta = None if inputs is None else layout.beta(inputs.rows, matrix.track, wide)
+        if beta is not None:
+            dy = matrix.dy.first(deltas, beta.shape[1])
+            columns = dy.gather(2, ids[:, None].expand(-1, beta.shape[1], -1)).transpose(1, 2)
+            earlier = inputs.buffer.first(deltas, beta.shape[1]).to(wide)
+            add_product_(y, columns * -beta[:, None], earlier)
+        return y.to(matrix.weight.dtype)
+
+
+class _Lookup(torch.autograd.Function):
+    """A recorded lookup."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, anchor: Tensor, site: EmbeddingSite) -> Tensor:
+        layout = site.desk.layout
+        ctx.start = site.matrix.lookups.record_ids(layout.deltas, layout.step, ids)
+        ctx.site, ctx.layout = site, layout
+        ctx.save_for_backward(ids)
+        return site.rows_of(ids, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
+        (ids,) = ctx.saved_tensors
+        mask = ctx.layout.mask_for(ids.shape[1])
+        if mask is not None:
+            dy = dy.masked_fill(~mask, 0)
+        padding_idx = ctx.site.module.padding_idx
+        if padding_idx is not None:
+            # torch gives that row no gradient from the lookup; a tied head still gives it one.
+            dy = dy.masked_fill((ids == padding_idx)[:, :, None], 0)
+        ctx.site.matrix.lookups.record_dy(ctx.layout.deltas, ctx.start, dy)
+        return None, None, None
+
+
+class _Intercept(TorchFunctionMode):
+    """Hand the lookup inside an embedding module's own forward to its site."""
+
+    def __init__(self, site: EmbeddingSite) -> None:
+        super().__init__()
+        self.site = site
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.embedding and args[1] is self.site.module.weight:
+            return self.site.lookup(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class NormSite:
+    """Stands in for the ``forward`` of a norm: its own code, with a weight for each delta."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        vectors: dict[str, VectorFactors],
+        desk: Desk,
+    ) -> None:
+        self.name, self.module, self.vectors, self.desk = name, module, vectors, desk
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's forward with the deltas of the layout; in the dtype of x."""
+        layout, module = self.desk.layout, self.module
+        rows = layout.split(x, self.name)
+        mask = layout.mask_for(rows.shape[1]) if layout.recording else None
+        if mask is not None:
+            # The gradient of a norm's weight sums over tokens: padding must not be among them.
+            rows = torch.where(mask, rows, 0)
+        values = {name: _vector(v, layout)[:, None] for name, v in self.vectors.items()}
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            y = self._normalise(rows.to(values_dtype(values)), values)
+        else:
+            y = self._substitute(rows, values)
+        return y.to(x.dtype).view(x.shape)
+
+    def _normalise(self, rows: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """Norms of torch take one weight for the whole batch, so it is applied afterwards."""
+        module = self.module
+        if isinstance(module, nn.LayerNorm):
+            y = F.layer_norm(rows, module.normalized_shape, None, None, module.eps)
+        else:
+            y = F.rms_norm(rows, module.normalized_shape, None, module.eps)
+        y = y * values.get("weight", module.weight)
+        bias = values.get("bias", getattr(module, "bias", None))
+        return y if bias is None else y + bias
+
+    def _substitute(self, rows: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """Run the model's own code with another weight; it broadcasts over (n, tokens, width)."""
+        own = vars(self.module)
+        try:
+            own.update(values)
+            return type(self.module).forward(self.module, rows)
+        finally:
+            for name in values:
+                own.pop(name, None)
+
+
+def values_dtype(values: dict[str, Tensor]) -> torch.dtype:
+    """The compute type that the substituted vectors are in."""
+    return next(iter(values.values())).dtype
+
+
+def _vector(vector: VectorFactors, layout: Layout) -> Tensor:
+    """The effective bias or norm weight of each delta, (n, size); a leaf while recording."""
+    if layout.recording and vector.current_leaf is not None:
+        return vector.current_leaf
+    track, dtype = vector.track, vector.base.dtype
+    with torch.no_grad():
+        effective = vector.effective(
+            layout.rho(track, dtype), layout.beta(vector.rows, track, dtype), layout.deltas
+        )
+    return vector.leaf(effective) if layout.recording else effective
