@@ -12,8 +12,8 @@ from ttt_fast.engines import policy
 
 LENGTHS = (9, 4, 13, 6, 9, 11, 5)
 STEPS = 3
-# Speeds with which each engine wins: products that cost by the row favour what writes no weight,
-# weights that are updated at once favour what keeps no factors.
+# Speeds with which each engine wins: a memory in which writing weights takes for ever, and modules
+# that take long to be taken over.
 SLOW_UPDATES = replace(
     calibration.default_machine("float32"),
     source="made up", update_gb_s=1e-3, copy_gb_s=1e-3, dense_module_us=1e4,

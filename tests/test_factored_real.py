@@ -21,7 +21,7 @@ OPTIONS = dict(momentum=0.9, max_grad_norm=10.0)
 # Options, and the delta over the weights that they lead to. Gradients alone move this model by at
 # most 1e-3 before the prompt is learned by heart; the rest of 1e-2 is weight decay.
 SMALL = dict(lr=2e-4), (1e-5, 3e-4)
-LARGE = dict(lr=1e-2, weight_decay=8e-3), (1e-3, 3e-2)
+LARGE = dict(lr=1e-2, weight_decay=8e-3), (4e-3, 3e-2)
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +205,8 @@ def assert_greedy_tokens_of_merged(model, merged, prompts, steps=8, n_new=16):
             merged.load_state_dict(adapted.state_dict(delta))
             expected = merged.generate(prompt[None], **options)[0, -n_new:]
             assert ours[delta].tolist() == expected.tolist(), f"prompt {delta}"
-    unadapted = [model.generate(prompt[None], **options)[0, -n_new:] for prompt in prompts]
-    assert any(not torch.equal(a, b) for a, b in zip(ours, unadapted, strict=True))
+    unadapted = model.generate(prompts[0][None], **options)[0, -n_new:]
+    assert not torch.equal(ours[0], unadapted)
 
 
 def test_greedy_tokens_are_those_of_merged_weights(demo_model, merged):

@@ -254,7 +254,7 @@ def test_all_may_diverge():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (dict(lr=[]), r"adapt_grid: lr=\[\]; give a list of at least one"),
+        (dict(lr=[]), r"adapt_grid: lr=\[\]; give a list of at least one value"),
         (dict(momentum=()), r"momentum=\(\)"),
         (dict(lr="fast"), "lr='fast'; give a list"),
         (dict(lr=[1e-3, -1.0]), "lr=-1.0; it must be finite"),

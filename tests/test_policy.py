@@ -120,7 +120,7 @@ def test_slices_and_transposed_weights():
         ("smollm2", 20, 10, 16, {"scope": "attention"}, "factored"),
         ("smollm2", 20, 10, 16, {"scope": "ffn"}, "factored"),
         ("smollm2", 64, 5, 1, {}, "factored"),
-        ("smollm2", 20, 60, 1, {}, "dense"),
+        ("smollm2", 20, 100, 1, {}, "dense"),
         ("smollm2", 256, 1, 1, {}, "factored"),
         ("smollm2", 256, 4, 1, {}, "dense"),
         ("smollm2", 256, 10, 1, {}, "dense"),

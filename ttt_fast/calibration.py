@@ -58,28 +58,30 @@ _CPU = {
     "float32": Machine(
         dtype="float32",
         source="defaults for a CPU",
-        copy_gb_s=40.0,
-        update_gb_s=45.0,
+        copy_gb_s=42.0,
+        update_gb_s=32.0,
         rows=ROWS,
-        product_ns=(0.25, 0.45, 0.6, 1.25, 3.2, 12.0),
-        weight_gradient_ns=(0.2, 0.35, 0.5, 1.1, 3.2, 12.5),
-        gram_ns=(0.3, 0.4, 0.5, 1.1, 3.6, 14.0),
+        product_ns=(0.18, 0.23, 0.28, 0.72, 2.8, 10.7),
+        weight_gradient_ns=(0.18, 0.36, 0.42, 0.84, 2.8, 10.4),
+        gram_ns=(1.0, 1.0, 1.0, 1.0, 2.7, 9.2),
         ranks=RANKS,
-        delta_slowdown=(1.2, 1.1, 1.05),
-        module_us=80.0,
-        element_ns=1.0,
-        logit_ns=3.0,
-        dense_module_us=60.0,
-        factored_module_us=150.0,
+        delta_slowdown=(2.0, 1.3, 1.0),
+        module_us=110.0,
+        element_ns=2.6,
+        logit_ns=1.2,
+        dense_module_us=135.0,
+        factored_module_us=160.0,
     ),
 }
 _CPU["bfloat16"] = dataclasses.replace(
     _CPU["float32"],
     dtype="bfloat16",
-    update_gb_s=34.0,
-    product_ns=(0.3, 0.35, 0.45, 0.7, 1.9, 7.0),
-    weight_gradient_ns=(0.3, 0.35, 0.45, 0.7, 1.9, 7.0),
-    delta_slowdown=(2.0, 1.5, 1.3),
+    copy_gb_s=29.0,
+    update_gb_s=18.0,
+    product_ns=(0.15, 0.17, 0.23, 0.45, 1.3, 4.9),
+    weight_gradient_ns=(0.13, 0.14, 0.18, 0.4, 1.3, 5.0),
+    delta_slowdown=(2.6, 1.5, 1.2),
+    module_us=190.0,
 )
 # Computed from the data sheet of an 80 GB H100 at half of its peak, not measured.
 _GPU = Machine(
@@ -286,7 +288,8 @@ def _copy_cases(dtype: torch.dtype, device: torch.device) -> Cases:
     def update(param: Tensor, grad: Tensor, momentum: Tensor) -> None:
         norm = ops.grad_norm([grad])
         options = {"lr": 1e-6, "momentum": 0.9, "grad_norm": norm, "max_grad_norm": 1.0}
-        ops.sgd_([param], [grad], [momentum], **options)
+        landed = torch.zeros(2, dtype=torch.float64, device=device)
+        ops.sgd_([param], [grad], [momentum], landed=landed, **options)
 
     return {
         "copy": ([partial(ops.copy_, [p], [g]) for p, g, _ in triples], 2 * nbytes),

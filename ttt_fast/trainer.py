@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ttt_fast import calibration
 from ttt_fast.adaptation import Adaptation
-from ttt_fast.batch import Batch, as_prompts, complete_batch, pad_rows
+from ttt_fast.batch import Batch, as_prompts, complete_batch, context_length, pad_rows
 from ttt_fast.config import Schedule, TTTConfig
 from ttt_fast.engines import policy
 from ttt_fast.engines.dense import DenseEngine
@@ -217,8 +218,11 @@ class TTTTrainer:
         axes = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
                 "max_grad_norm": max_grad_norm}  # fmt: skip
         for name, values in axes.items():
-            if values is not None and (isinstance(values, str) or len(values) == 0):
-                raise ValueError(f"adapt_grid: {name}={values!r}; give a list of at least one.")
+            is_list = isinstance(values, Sequence) and not isinstance(values, str)
+            if values is not None and not (is_list and len(values) > 0):
+                raise ValueError(
+                    f"adapt_grid: {name}={values!r}; give a list of at least one value to try."
+                )
         given = {name: values for name, values in axes.items() if values is not None}
         base = replace(self.config, engine="factored")
         configs = [
@@ -266,6 +270,14 @@ class TTTTrainer:
             )
         if not rows:
             raise ValueError("adapt_batches: got no prompts; give a list of at least one.")
+        # Now, and not when its batch comes after hours of others.
+        longest = context_length(self.model) or math.inf
+        for n, row in enumerate(rows):
+            if not 2 <= row.numel() <= longest:
+                raise ValueError(
+                    f"adapt_batches: prompt {n} has {row.numel()} tokens; it needs at least two"
+                    f" tokens and at most {longest}, the model's context. Leave it out."
+                )
         order = sorted(range(len(rows)), key=lambda n: rows[n].numel())
         with tqdm(total=len(rows), disable=not progress, unit="prompt") as bar:
             while order:
@@ -284,12 +296,11 @@ class TTTTrainer:
             longest = lengths[count]
             if limit is not None and (count + 1) * longest > limit:
                 break
-            plan = self.plan(count + 1, longest)
-            # The dense engine takes one after the other: what a batch needs is copies of weights.
-            if plan.engine == "dense" or plan.deltas_at_once <= count:
+            if self.plan(count + 1, longest).deltas_at_once <= count:
                 break
             count += 1
-        return count
+        # The dense engine takes one after the other: all that a batch would need is copies.
+        return 1 if self.plan(count, lengths[count - 1]).engine == "dense" else count
 
     def _adapt(
         self,

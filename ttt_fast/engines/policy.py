@@ -559,18 +559,18 @@ def dense_ms(work: Workload, machine: Machine) -> float:
 
 
 def _gradient_ns(work: Workload, machine: Machine, layer: Layer) -> float:
-    """The products of a layer's gradient and its share of the norm, in the dense engine."""
+    """The products of a layer's gradient and its share of the norm, in the dense engine.
+
+    A short prompt's gradient, which stays factors (:mod:`ttt_fast.engines.products`), saves memory
+    but takes as long: what it saves in traffic the Gram matrices and the smaller calls cost.
+    """
     if layer.kind != "linear" or not layer.adapted_out:
         return 0.0
     T, weights = work.tokens, layer.count * layer.adapted_out * layer.in_
     formed = machine.weight_gradient(T)
     # As many bytes are written as the norm and the update read again.
     pass_ns = 2 * work.itemsize / machine.update_gb_s
-    if not _stays_factors(work, layer):
-        return weights * (formed + pass_ns)
-    in_cache = max(formed - pass_ns, T * machine.flop_ns * 2)
-    norm = layer.count * T * (layer.adapted_out + layer.in_) * machine.gram(T)
-    return weights * in_cache + norm
+    return weights * (formed + pass_ns)
 
 
 def _stays_factors(work: Workload, layer: Layer) -> bool:
