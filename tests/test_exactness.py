@@ -1,5 +1,6 @@
 """The numbers of an adaptation against the loop a researcher writes."""
 
+import functools
 import itertools
 import math
 
@@ -14,6 +15,9 @@ from tests.loops import distance, params_of, prompt_ids, row_loss, sgd_loop, twi
 from ttt_fast import TTTConfig, TTTTrainer, select_parameters
 from ttt_fast.demo import PROMPTS, load_demo_model
 from ttt_fast.naive import naive_adapt
+
+# tests/test_factored.py holds the other engine against the same loops.
+dense_config = functools.partial(TTTConfig, engine="dense")
 
 SCOPES = ("all", "ffn", "attention", "query", "norm", "embedding", "head")
 FUSED_QUERY = ("phi3", "gpt2", "gpt_neox")
@@ -31,7 +35,7 @@ def assert_as_naive(model, ids, steps, tolerance=1e-12, scope="all", layers=None
             name: options[name] for name in ("betas", "eps") if name in options
         }
     expected = naive_adapt(other, ids, steps=steps, params=params, **naive_options)
-    trainer = TTTTrainer(model, TTTConfig(steps=steps, scope=scope, layers=layers, **options))
+    trainer = TTTTrainer(model, dense_config(steps=steps, scope=scope, layers=layers, **options))
     with trainer.adapt(ids, deltas="shared") as adapted:
         assert torch.allclose(adapted.losses[0], expected.losses, rtol=tolerance, atol=0)
         assert torch.allclose(adapted.grad_norms[0], expected.grad_norms, rtol=tolerance, atol=0)
@@ -54,7 +58,7 @@ def test_the_comparison_notices_a_wrong_option():
     other = twin(model)
     naive_adapt(other, prompt_ids(), steps=3, **RICH)
     wrong = RICH | dict(weight_decay=0.1001)
-    with TTTTrainer(model, TTTConfig(steps=3, **wrong)).adapt(prompt_ids()):
+    with TTTTrainer(model, dense_config(steps=3, **wrong)).adapt(prompt_ids()):
         assert distance(model, other) > 1e-9
 
 
@@ -120,7 +124,7 @@ def test_query_rows_of_a_fused_projection(family, max_grad_norm):
             param.grad = grad * mask
         nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
         optimizer.step()
-    config = TTTConfig(steps=4, lr=2e-2, scope="query", max_grad_norm=max_grad_norm)
+    config = dense_config(steps=4, lr=2e-2, scope="query", max_grad_norm=max_grad_norm)
     with TTTTrainer(model, config).adapt(ids):
         assert distance(model, other) <= 1e-12
 
@@ -148,7 +152,7 @@ def test_decoupled_decay_of_sgd(momentum):
     other, ids = twin(model), prompt_ids()
     options = dict(lr=2e-2, momentum=momentum, weight_decay=0.2, max_grad_norm=1.0)
     sgd_loop(other, [lambda m: row_loss(m, ids[0])] * 5, decoupled=True, **options)
-    config = TTTConfig(steps=5, decoupled_weight_decay=True, **options)
+    config = dense_config(steps=5, decoupled_weight_decay=True, **options)
     with TTTTrainer(model, config).adapt(ids):
         assert distance(model, other) <= 1e-12
 
@@ -160,7 +164,7 @@ def test_lr_schedule(as_function):
     other, ids = twin(model), prompt_ids()
     losses, _ = sgd_loop(other, [lambda m: row_loss(m, ids[0])] * 4, lr=rates, momentum=0.9)
     lr = rates.__getitem__ if as_function else rates
-    config = TTTConfig(steps=4, lr=lr, max_grad_norm=None)
+    config = dense_config(steps=4, lr=lr, max_grad_norm=None)
     with TTTTrainer(model, config).adapt(ids) as adapted:
         assert distance(model, other) <= 1e-12
         assert torch.allclose(adapted.losses[0], torch.tensor(losses, dtype=torch.float64))
@@ -177,7 +181,7 @@ def test_param_groups(optimizer):
         {"params": last, "lr": 5e-3},
         {"params": "ffn", "lr": 1.0, "weight_decay": 0.3},
     ]
-    config = TTTConfig(
+    config = dense_config(
         steps=5, lr=1e-2, weight_decay=0.1, optimizer=optimizer, eps=1e-6,
         param_groups=[groups[0], groups[1]], max_grad_norm=1.0,
     )  # fmt: skip
@@ -199,7 +203,7 @@ def test_param_groups(optimizer):
         assert distance(model, other) <= 1e-11
         adapted = weights(model)
     # With a later group that also matches the last layer's FFN, the earlier one still wins.
-    config = TTTConfig(
+    config = dense_config(
         steps=1, lr=0.0, momentum=0.0, param_groups=groups[1:], optimizer=optimizer, max_grad_norm=1
     )
     before = weights(model)
@@ -256,7 +260,7 @@ def test_rounding_torch_is_bitwise_the_stock_loop(family, options):
     other, ids = twin(model), prompt_ids(17)
     naive_adapt(other, ids, steps=7, optimizer_kwargs=dict(foreach=True), **options)
     before = weights(model)
-    with TTTTrainer(model, TTTConfig(steps=7, rounding="torch", **options)).adapt(ids):
+    with TTTTrainer(model, dense_config(steps=7, rounding="torch", **options)).adapt(ids):
         for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(ours, theirs), name
         assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -269,7 +273,7 @@ def bf16_run(lr, steps=8, dtype=torch.bfloat16, **options):
     start = [p.detach().clone() for p in oracle.parameters()]
     ids = prompt_ids(15)
     naive_adapt(oracle, ids, steps=steps, lr=lr, momentum=0.9, max_grad_norm=1.0)
-    config = TTTConfig(steps=steps, lr=lr, momentum=0.9, max_grad_norm=1.0, **options)
+    config = dense_config(steps=steps, lr=lr, momentum=0.9, max_grad_norm=1.0, **options)
     with TTTTrainer(model, config).adapt(ids) as adapted:
         pairs = list(zip(model.parameters(), oracle.parameters(), start, strict=True))
         error = sum((p - q).detach().square().sum().item() for p, q, _ in pairs)
@@ -303,8 +307,8 @@ def test_a_kept_delta_lands_once_it_is_large_enough():
 def test_a_kept_delta_in_float32_changes_the_numbers_by_rounding_only():
     model = tiny_model("llama", torch.float32)
     other, ids = twin(model), prompt_ids()
-    with TTTTrainer(model, TTTConfig(steps=6, lr=1e-2)).adapt(ids):
-        with TTTTrainer(other, TTTConfig(steps=6, lr=1e-2, accumulate="delta")).adapt(ids):
+    with TTTTrainer(model, dense_config(steps=6, lr=1e-2)).adapt(ids):
+        with TTTTrainer(other, dense_config(steps=6, lr=1e-2, accumulate="delta")).adapt(ids):
             assert 0 < distance(model, other) < 1e-6
 
 
@@ -313,7 +317,7 @@ def test_stochastic_rounding_repeats_with_its_seed():
     runs = []
     for seed in (0, 0, 1):
         model = tiny_model("llama", torch.bfloat16)
-        config = TTTConfig(steps=4, lr=1e-3, rounding="stochastic", seed=seed)
+        config = dense_config(steps=4, lr=1e-3, rounding="stochastic", seed=seed)
         with TTTTrainer(model, config).adapt(ids):
             runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(runs[0], runs[1])
@@ -366,7 +370,7 @@ def assert_no_farther_than_naive(models, text, steps, share, **options):
     originals = result.originals
     naive = gap(result.params, originals, exact)
     result.restore()
-    with TTTTrainer(model, TTTConfig(steps=steps, **options)).adapt(ids):
+    with TTTTrainer(model, dense_config(steps=steps, **options)).adapt(ids):
         ours = gap(model.parameters(), originals, exact)
     assert all(torch.equal(p, o) for p, o in zip(model.parameters(), originals, strict=True))
     assert 0 < ours <= 1.2 * naive, f"ours {ours:.3g}, naive {naive:.3g}, delta {size:.3g}"

@@ -100,6 +100,7 @@ def test_no_farther_from_float64_than_the_naive_loop(demo_model, demo_model_fp64
     assert noticed > naive + 1e-6
 
 
+# Each takes a float64 loop of a minute or so.
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "share"), [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("n", range(24))

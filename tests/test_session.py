@@ -15,7 +15,9 @@ OPTIONS = dict(lr=2e-2, momentum=0.9, weight_decay=0.01, max_grad_norm=1.0)
 
 def trainer_of(model, **options):
     objective = options.pop("objective", None)
-    return TTTTrainer(model, TTTConfig(**(OPTIONS | options)), objective=objective)
+    # Weights are looked at in the model; tests/test_factored.py has the other engine's sessions.
+    options = dict(engine="dense") | OPTIONS | options
+    return TTTTrainer(model, TTTConfig(**options), objective=objective)
 
 
 def fp64(family="llama"):
