@@ -19,16 +19,14 @@ from torch import Tensor
 
 from ttt_fast import reference
 from ttt_fast.backend import BACKENDS, resolve_backend
+from ttt_fast.op_checks import COEFFICIENTS, DTYPES, ROUNDINGS, check_factors, check_update
 from ttt_fast.reference import compute_dtype
 from ttt_fast.undo import UndoLog
 
 __all__ = [
-    "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear", "grad_norm",
-    "gram_norm", "nll_", "rank_update_", "sgd_", "undo_restore_",
+    "ROUNDINGS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
+    "grad_norm", "gram_norm", "nll_", "rank_update_", "sgd_", "undo_restore_",
 ]  # fmt: skip
-
-ROUNDINGS = ("nearest", "stochastic", "torch")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # ---------------------------------------------------------------------------- registration
@@ -95,19 +93,17 @@ def _implementation(name: str) -> Callable[..., Any]:
         for part in SCHEMAS[name].arguments.split(",")
         if "*" not in part.split()
     ]
-    mutated = SCHEMAS[name].mutated
+    mutated = [argument_names.index(argument) for argument in SCHEMAS[name].mutated]
 
     def run(*args: Any, backend: str, **kwargs: Any) -> Any:
         if backend == "torch":
-            result = getattr(reference, name)(*args, **kwargs)
-        else:
-            result = getattr(getattr(torch.ops, f"ttt_fast_{backend}"), name)(*args, **kwargs)
-        named = dict(zip(argument_names, args, strict=False))
-        for argument in mutated:
+            return getattr(reference, name)(*args, **kwargs)
+        result = getattr(getattr(torch.ops, f"ttt_fast_{backend}"), name)(*args, **kwargs)
+        for position in mutated:
             # Raw-memory writes do not show up in autograd's "modified in place" check by
             # themselves.
-            written = named[argument]
-            if backend != "torch" and (isinstance(written, Tensor) or written):
+            written = args[position]
+            if isinstance(written, Tensor) or written:
                 torch.autograd.graph.increment_version(written)
         return result
 
@@ -144,7 +140,7 @@ def _gram_norm_fake(x: Tensor, dy: Tensor, *, backend: str) -> Tensor:
 @torch.library.register_fake("ttt_fast::delta_linear", lib=_LIBRARY)
 def _delta_linear_fake(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     a: Tensor,
     d: Tensor,
     beta: Tensor,
@@ -152,7 +148,7 @@ def _delta_linear_fake(
     *,
     backend: str,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
+    return x.new_empty((x.shape[0], x.shape[1], d.shape[2]))
 
 
 @torch.library.register_fake("ttt_fast::nll_", lib=_LIBRARY)
@@ -202,102 +198,6 @@ def implementation(op: str, device_type: str, backend: str = "auto") -> Callable
     return getattr(getattr(torch.ops, f"ttt_fast_{chosen}"), op).default
 
 
-def _device_type(tensors: Sequence[Tensor]) -> str:
-    return tensors[0].device.type if tensors else "cpu"
-
-
-# ---------------------------------------------------------------------------- checks
-
-
-def _check_list(op: str, name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """``tensors`` must pair up with ``params`` in number, shape and device."""
-    if len(tensors) != len(params):
-        raise ValueError(
-            f"{op}: got {len(params)} params but {len(tensors)} {name}; give one for each"
-            " parameter."
-        )
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"{op}: {name}[{i}] has shape {tuple(tensor.shape)} but params[{i}] has "
-                f"{tuple(param.shape)}; they must agree."
-            )
-        if tensor.device != param.device:
-            raise ValueError(
-                f"{op}: {name}[{i}] is on {tensor.device} but params[{i}] is on {param.device}; "
-                "move it there."
-            )
-
-
-def _check_dtypes(
-    op: str, name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], wide: bool
-) -> None:
-    """Each tensor has its parameter's dtype, or (``wide``) the compute type."""
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        allowed = {param.dtype, compute_dtype(param.dtype)} if wide else {param.dtype}
-        if tensor.dtype not in allowed:
-            names = " or ".join(sorted(str(d).removeprefix("torch.") for d in allowed))
-            raise ValueError(
-                f"{op}: {name}[{i}] is {str(tensor.dtype).removeprefix('torch.')}; "
-                f"params[{i}] needs {names}. Convert it."
-            )
-
-
-def _check_update(
-    op: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: dict[str, Sequence[Tensor]],
-    deltas: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    rounding: str,
-    undo: UndoLog | None,
-) -> None:
-    """What sgd_ and adamw_ ask of their tensors."""
-    if undo is not None and len(undo.offsets) != len(params):
-        raise ValueError(
-            f"{op}: the undo log is for {len(undo.offsets)} parameters but got {len(params)}"
-            " params; pass those it was made for, or undo.select(their positions)."
-        )
-    for i, param in enumerate(params):
-        if param.dtype not in _DTYPES:
-            raise ValueError(
-                f"{op}: params[{i}] is {str(param.dtype).removeprefix('torch.')}; supported are"
-                " float32, bfloat16, float16 and float64. Leave it out of the selection or cast"
-                " the model."
-            )
-        if param.device != params[0].device:
-            raise ValueError(
-                f"{op}: params[{i}] is on {param.device} but params[0] is on {params[0].device}; "
-                "call the op once for each device."
-            )
-    _check_list(op, "grads", grads, params)
-    _check_dtypes(op, "grads", grads, params, wide=True)
-    for name, tensors in states.items():
-        _check_list(op, name, tensors, params)
-        _check_dtypes(op, name, tensors, params, wide=True)
-    if rounding not in ROUNDINGS:
-        raise ValueError(
-            f"{op}: rounding={rounding!r} is unknown; use one of {', '.join(map(repr, ROUNDINGS))}."
-        )
-    if len(deltas) == 0 and len(bases) == 0:
-        return
-    if rounding == "torch":
-        raise ValueError(
-            f"{op}: rounding='torch' is torch's own update and keeps no deltas; "
-            "use rounding='nearest' with deltas."
-        )
-    _check_list(op, "deltas", deltas, params)
-    _check_list(op, "bases", bases, params)
-    _check_dtypes(op, "bases", bases, params, wide=False)
-    for i, (delta, param) in enumerate(zip(deltas, params, strict=True)):
-        if delta.dtype != compute_dtype(param.dtype):
-            raise ValueError(
-                f"{op}: deltas[{i}] is {str(delta.dtype).removeprefix('torch.')}; it must be "
-                f"{str(compute_dtype(param.dtype)).removeprefix('torch.')}."
-            )
-
-
 def _update_backend(op: str, params: Sequence[Tensor], rounding: str, backend: str) -> str:
     """rounding="torch" *is* torch's foreach code, so it runs there and nowhere else."""
     chosen = _chosen(op, _device_type(params), backend)
@@ -311,48 +211,8 @@ def _update_backend(op: str, params: Sequence[Tensor], rounding: str, backend: s
     return "torch"
 
 
-_COEFFICIENTS = (torch.float32, torch.float64)
-
-
-def _check_factors(
-    op: str,
-    lead: Tensor,
-    tensors: Sequence[tuple[str, Tensor, tuple[str, ...], tuple[torch.dtype, ...]]],
-    sizes: dict[str, int],
-) -> None:
-    """Check tensors given as (name, tensor, names of its axes, dtypes).
-
-    An axis has one size everywhere, that of ``sizes`` or of the first tensor that has it. All are
-    on the device of ``lead``; no dtypes: that of ``lead``.
-    """
-    device, dtype = lead.device, lead.dtype
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"{op}: tensors of {str(dtype).removeprefix('torch.')} are not supported; float32, "
-            "bfloat16, float16 and float64 are. Convert them."
-        )
-    for name, tensor, axes, dtypes in tensors:
-        shape = tensor.shape
-        known = dict(sizes)
-        fits = len(shape) == len(axes)
-        for axis, size in zip(axes, shape, strict=False):
-            fits = fits and sizes.setdefault(axis, size) == size
-        if not fits:
-            said = ", ".join(f"{axis} = {known[axis]}" for axis in axes if axis in known)
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(shape)}; it must be ({', '.join(axes)})"
-                f"{' with ' if said else ''}{said}."
-            )
-        if tensor.dtype != dtype if not dtypes else tensor.dtype not in dtypes:
-            allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes or (dtype,))
-            raise ValueError(
-                f"{op}: {name} is {str(tensor.dtype).removeprefix('torch.')}; it must be {allowed}."
-                " Convert it."
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device}, other tensors on {device}; move it there."
-            )
+def _device_type(tensors: Sequence[Tensor]) -> str:
+    return tensors[0].device.type if tensors else "cpu"
 
 
 # ---------------------------------------------------------------------------- public ops
@@ -432,7 +292,7 @@ def sgd_(
             "sgd_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads)."
         )
     states = {"momentum_buffers": momentum_buffers} if momentum else {}
-    _check_update("sgd_", params, grads, states, deltas, bases, rounding, undo)
+    check_update("sgd_", params, grads, states, deltas, bases, rounding, undo)
     torch.ops.ttt_fast.sgd_(
         list(params), list(grads), list(momentum_buffers) if momentum else [], list(deltas),
         list(bases), grad_norm, grad_scale, found_inf, landed, undo.tensors if undo else [],
@@ -510,7 +370,7 @@ def adamw_(
             "adamw_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads)."
         )
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _check_update("adamw_", params, grads, states, deltas, bases, rounding, undo)
+    check_update("adamw_", params, grads, states, deltas, bases, rounding, undo)
     torch.ops.ttt_fast.adamw_(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(deltas), list(bases),
         grad_norm, grad_scale, found_inf, landed, undo.tensors if undo else [],
@@ -567,15 +427,16 @@ def gram_norm(x: Tensor, dy: Tensor, *, backend: str = "auto") -> Tensor:
     if torch.is_grad_enabled():
         with torch.no_grad():
             return gram_norm(x, dy, backend=backend)
+    # Runs for every layer in every step: in full only to say what is wrong.
     if not (
         x.dim() == dy.dim() == 3
         and x.shape[:2] == dy.shape[:2]
         and x.dtype == dy.dtype
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.device == dy.device
     ):
         tensors = [("x", x, ("B", "M", "in"), ()), ("dy", dy, ("B", "M", "out"), ())]
-        _check_factors("gram_norm", x, tensors, {})
+        check_factors("gram_norm", x, tensors, {})
     return torch.ops.ttt_fast.gram_norm(x, dy, backend=_chosen("gram_norm", x.device.type, backend))
 
 
@@ -621,13 +482,13 @@ def delta_linear(
         ("x", x, ("B", "M", "in"), ()),
         ("a", a, ("B", "R", "in"), ()),
         ("d", d, ("B", "R", "out"), ()),
-        ("beta", beta, ("B", "R"), _COEFFICIENTS),
+        ("beta", beta, ("B", "R"), COEFFICIENTS),
     ]
     if weight is not None:
         tensors.insert(1, ("weight", weight, ("out", "in"), ()))
     if rho is not None:
-        tensors.append(("rho", rho, ("B",), _COEFFICIENTS))
-    _check_factors("delta_linear", x, tensors, {})
+        tensors.append(("rho", rho, ("B",), COEFFICIENTS))
+    check_factors("delta_linear", x, tensors, {})
     chosen = _chosen("delta_linear", x.device.type, backend)
     if chosen == "cpp" and x.dtype == torch.float16:
         if backend == "cpp":
@@ -692,10 +553,10 @@ def rank_update_(
     tensors = [
         ("x", x, ("R", "in"), storage),
         ("dy", dy, ("R", "out"), storage),
-        ("beta", beta, ("R",), _COEFFICIENTS),
+        ("beta", beta, ("R",), COEFFICIENTS),
     ]
     sizes = {"out": weight.shape[:-1].numel(), "in": weight.shape[-1]}
-    _check_factors("rank_update_", weight, tensors, sizes)
+    check_factors("rank_update_", weight, tensors, sizes)
     torch.ops.ttt_fast.rank_update_(
         weight, x, dy, beta, scale=float(scale), rounding=rounding, seed=seed,
         backend=_chosen("rank_update_", weight.device.type, backend),
@@ -729,7 +590,7 @@ def nll_(
             devices than the CPU, which would have to be waited for, that row's loss is NaN instead.
     """
     tensors = [("logits", logits, ("M", "V"), ()), ("targets", targets, ("M",), (torch.int64,))]
-    _check_factors("nll_", logits, tensors, {})
+    check_factors("nll_", logits, tensors, {})
     vocabulary = logits.shape[1]
     if vocabulary == 0:
         raise ValueError("nll_: logits have no columns; V must be at least 1.")

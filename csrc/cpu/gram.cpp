@@ -6,16 +6,10 @@
 // Reference: gram_norm in ttt_fast/reference.py.
 #include <memory>
 
-#include "blocks.h"
+#include "simd.h"
 
 // Sums of products need not round as another place does; fused they take half the instructions.
 #pragma GCC optimize("fp-contract=fast")
-
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define TTT_TARGET(name) __attribute__((target(name)))
-#else
-#define TTT_TARGET(name)
-#endif
 
 namespace ttt_fast {
 namespace {
@@ -24,48 +18,29 @@ constexpr int64_t kTile = 4;       // rows by rows of one tile
 constexpr int64_t kGroup = 16;     // tiles whose rows stay in the L2 cache
 constexpr int64_t kColumns = 768;  // eight rows of so many stay in the L1 cache
 
-// Halves are added until one vector register of the narrowest kind is left.
-template <class C, class Vector>
-TTT_HOST_DEVICE C lane_sum(const Vector& lanes) {
-  constexpr size_t kHalf = sizeof(Vector) / 2;
-  if constexpr (kHalf < 16) {
-    C sum = 0;
-    for (size_t k = 0; k < sizeof(Vector) / sizeof(C); ++k) sum += lanes[k];
-    return sum;
-  } else {
-    typedef C Half __attribute__((vector_size(kHalf)));
-    Half low, high;
-    memcpy(&low, &lanes, kHalf);
-    memcpy(&high, reinterpret_cast<const char*>(&lanes) + kHalf, kHalf);
-    const Half sum = low + high;
-    return lane_sum<C>(sum);
-  }
-}
-
 // tile[p][q] += <a[p], b[q]>, in vectors of kBytes, kAtOnce columns of the tile at a time: as many
 // sums as there are registers for.
 template <int kBytes, int kAtOnce, class C>
 TTT_HOST_DEVICE void tile_loop(const C* const* a, const C* const* b, int64_t n, C* tile) {
-  constexpr int64_t kLanes = kBytes / sizeof(C);
-  typedef C Vector __attribute__((vector_size(kBytes)));
-  typedef C Unaligned __attribute__((vector_size(kBytes), aligned(sizeof(C)), may_alias));
-  const int64_t whole = n / kLanes * kLanes;
+  using S = Simd<C, kBytes>;
+  using Vector = typename S::Vector;
+  const int64_t whole = n / S::kLanes * S::kLanes;
   for (int64_t from = 0; from < kTile; from += kAtOnce) {
     Vector sums[kTile][kAtOnce] = {};
-    for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t i = 0; i < whole; i += S::kLanes) {
       Vector left[kTile];
 #pragma GCC unroll 4
-      for (int64_t p = 0; p < kTile; ++p) left[p] = *(const Unaligned*)(a[p] + i);
+      for (int64_t p = 0; p < kTile; ++p) left[p] = S::load(a[p] + i);
 #pragma GCC unroll 4
       for (int64_t q = 0; q < kAtOnce; ++q) {
-        const Vector right = *(const Unaligned*)(b[from + q] + i);
+        const Vector right = S::load(b[from + q] + i);
 #pragma GCC unroll 4
         for (int64_t p = 0; p < kTile; ++p) sums[p][q] += left[p] * right;
       }
     }
     for (int64_t p = 0; p < kTile; ++p) {
       for (int64_t q = 0; q < kAtOnce; ++q) {
-        C sum = lane_sum<C>(sums[p][q]);
+        C sum = S::sum(sums[p][q]);
         for (int64_t i = whole; i < n; ++i) sum += a[p][i] * b[from + q][i];
         tile[p * kTile + from + q] += sum;
       }
@@ -73,33 +48,14 @@ TTT_HOST_DEVICE void tile_loop(const C* const* a, const C* const* b, int64_t n, 
   }
 }
 
-// Overloads of one name for several targets: the loader of the library takes the best.
-TTT_TARGET("default")
-void add_tile(const float* const* a, const float* const* b, int64_t n, float* tile) {
-  tile_loop<16, 2>(a, b, n, tile);
-}
-TTT_TARGET("default")
-void add_tile(const double* const* a, const double* const* b, int64_t n, double* tile) {
-  tile_loop<16, 2>(a, b, n, tile);
-}
-#if defined(__x86_64__) && defined(__gnu_linux__)
-TTT_TARGET("arch=x86-64-v3")
-void add_tile(const float* const* a, const float* const* b, int64_t n, float* tile) {
-  tile_loop<32, 2>(a, b, n, tile);
-}
-TTT_TARGET("arch=x86-64-v3")
-void add_tile(const double* const* a, const double* const* b, int64_t n, double* tile) {
-  tile_loop<32, 2>(a, b, n, tile);
-}
-TTT_TARGET("arch=x86-64-v4")
-void add_tile(const float* const* a, const float* const* b, int64_t n, float* tile) {
-  tile_loop<64, 4>(a, b, n, tile);
-}
-TTT_TARGET("arch=x86-64-v4")
-void add_tile(const double* const* a, const double* const* b, int64_t n, double* tile) {
-  tile_loop<64, 4>(a, b, n, tile);
-}
-#endif
+#define TTT_TILES_OF(C, target, bytes, registers)                                  \
+  target void add_tile(const C* const* a, const C* const* b, int64_t n, C* tile) { \
+    tile_loop<bytes, registers == 32 ? 4 : 2>(a, b, n, tile);                      \
+  }
+#define TTT_TILES(target, bytes, registers)     \
+  TTT_TILES_OF(float, target, bytes, registers) \
+  TTT_TILES_OF(double, target, bytes, registers)
+TTT_FOR_TARGETS(TTT_TILES)
 
 int64_t tiles_of(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
