@@ -116,6 +116,9 @@ FAMILIES: dict[str, tuple[Callable[..., PretrainedConfig], dict[str, Any]]] = {
     ),
 }
 
+# Their queries are rows of a larger projection.
+FUSED_QUERY = ("phi3", "gpt2", "gpt_neox")
+
 
 def tiny_config(family: str, **config_overrides: Any) -> PretrainedConfig:
     """Build the tiny configuration of a family; keyword arguments replace its values."""

@@ -1,6 +1,7 @@
 """Loops written out in plain torch, and their prompts: what the trainer is held against."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -66,6 +67,41 @@ def sgd_loop(
                     g = g + momentum * buffers[i] if nesterov else buffers[i]
                 param.sub_(rate * g)
     return values, norms
+
+
+def selected_rows_loop(
+    model: nn.Module,
+    losses: Iterable[Callable[[nn.Module], Tensor]],
+    selections: Sequence[Selection],
+    *,
+    max_grad_norm: float | None = None,
+    **options: float,
+) -> list[float]:
+    """Torch's SGD on the whole of fused projections, of which only the selected rows may move.
+
+    Returns:
+        gradient norms before clipping.
+    """
+    params = params_of(model, selections)
+    masks = []
+    for selection in selections:
+        mask = torch.zeros_like(selection.param)
+        selection.view(mask).fill_(1)
+        masks.append(mask)
+    optimizer = torch.optim.SGD(params, **options)
+    norms = []
+    for loss_of in losses:
+        grads = torch.autograd.grad(loss_of(model), params)
+        kept = [p.detach().clone() for p in params]
+        for param, grad, mask in zip(params, grads, masks, strict=True):
+            param.grad = grad * mask
+        norms.append(nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf).item())
+        optimizer.step()
+        with torch.no_grad():
+            # Weight decay has moved the other rows.
+            for param, mask, before in zip(params, masks, kept, strict=True):
+                param.copy_(torch.where(mask != 0, param, before))
+    return norms
 
 
 def twin(model: nn.Module) -> nn.Module:

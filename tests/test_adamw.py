@@ -8,19 +8,20 @@ from hypothesis import strategies as st
 from tests.tolerances import assert_no_worse
 from tests.update_cases import (
     DTYPES,
-    ODD_SIZES,
+    SLICE_SHAPES,
     adamw_step,
     as_row_slices,
     assert_same_bits,
     backend_params,
     make_case,
+    odd_case,
+    steps_of_grads,
 )
 from ttt_fast import ops
 from ttt_fast.reference import _square_root
 
 backends = pytest.mark.parametrize("backend", backend_params())
 needs_cpp = pytest.mark.parametrize("backend", backend_params()[1:])
-SLICE_SHAPES = [(96, 48), (128, 96), (200, 48), (64, 64), (96, 192)]
 OPTIONS = {
     "plain": {"weight_decay": 0.0},
     "decay": {"weight_decay": 0.1},
@@ -57,14 +58,6 @@ def run_ours(params, grads_of_steps, max_norm, backend, **kwargs):
     return params
 
 
-def steps_of_grads(params, steps=20):
-    generator = torch.Generator().manual_seed(5)
-    return [
-        [(torch.randn(p.shape, generator=generator) * 0.3).to(p.dtype) for p in params]
-        for _ in range(steps)
-    ]
-
-
 @backends
 @options
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,14 +91,7 @@ def test_rounding_torch_is_bitwise_stock_in_bf16(kwargs):
 @pytest.mark.parametrize("accumulate", [False, True], ids=["weight", "delta"])
 @pytest.mark.parametrize("wide", ["nothing", "grads", "states"])
 def test_backends_agree_bit_for_bit(backend, kwargs, rounding, accumulate, wide):
-    expected = make_case(
-        ODD_SIZES,
-        DTYPES,
-        n_states=2,
-        wide_grads=wide == "grads",
-        wide_states=wide == "states",
-        accumulate=accumulate,
-    )
+    expected = odd_case(2, wide, accumulate)
     assert_backends_agree(expected, expected.clone(), backend, rounding=rounding, **kwargs)
 
 

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from tests.families import tiny_model
 from tests.loops import distance, prompt_ids, row_loss, sgd_loop, twin
 from tests.untouched import Boom, assert_adapts, lived_in, unchanged
-from ttt_fast import Adaptation
+from ttt_fast import Adaptation, audit_report
 from ttt_fast import audit as audit_module
-from ttt_fast.audit import MODES, AuditReport, AuditRow, Mode, audit
+from ttt_fast.audit import MODES, AuditReport, AuditRow, audit
+from ttt_fast.audit_report import Mode
 from ttt_fast.trainer import TTTTrainer
 
 IDS = prompt_ids(9)
@@ -172,21 +173,31 @@ def test_what_the_modes_differ_in():
     assert landed["float32"] == pytest.approx(1, abs=1e-3)
     assert moved["torch"] < 0.5 * moved["float32"]
     assert moved["stochastic"] > 1.5 * moved["float32"]  # the noise that it pays with
+    assert moved["factored"] == pytest.approx(moved["float32"], rel=0.02)
     assert "measures rounding" in report.conclusion()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_weights_swallow_nothing(dtype):
     report = audit(tiny_model("llama", dtype), IDS, lrs=[1e-4, 1e-2], steps=STEPS)
-    assert {"torch", "nearest"} <= {row.mode for row in report.rows} <= {*MODES} - {"delta"}
+    assert {row.mode for row in report.rows} == {"torch", "nearest", "factored"}
     assert all(row.update_landed == pytest.approx(1, abs=1e-3) for row in report.rows)
     assert "everything lands" in report.conclusion()
     assert "Limit" not in report.page()
 
 
+def test_the_factored_engine_moves_as_far_as_the_weights_that_are_written():
+    model = tiny_model("llama_tied", torch.float64)
+    report = audit(model, IDS, lrs=[1e-2], steps=STEPS, modes=["nearest", "factored"], **SETTINGS)
+    dense, factored = report.rows
+    assert factored.changed is None
+    assert factored.moved == pytest.approx(dense.moved, rel=1e-9)
+    assert factored.loss_after == pytest.approx(dense.loss_after, rel=1e-9)
+
+
 def test_float16():
     report = audit(tiny_model("llama", torch.float16), IDS, lrs=[1e-4], steps=STEPS)
-    assert {"torch", "stochastic", "float32"} <= {row.mode for row in report.rows}
+    assert {row.mode for row in report.rows} == {*MODES}
     assert rows_of(report, "torch")[0].update_landed < 0.9
     assert "rounding of float16 activations" in report.page()
 
@@ -196,9 +207,9 @@ def test_adamw_and_scope():
     report = audit(model, IDS, lrs=[1e-3], steps=2, optimizer="adamw", scope="ffn")
     assert report.conditions["selected_parameters"] == 3 * 3 * 32 * 48
     # AdamW is not linear in the gradient, so there are no factors.
-    measured = [row for row in report.rows if row.refused is None]
-    assert [row.mode for row in measured] == [mode for mode in MODES if mode != "factored"]
-    assert all(row.loss_after < row.loss_before for row in measured)
+    assert [row.mode for row in report.rows] == [mode for mode in MODES if mode != "factored"]
+    assert "factored was left out: TTTConfig: optimizer='adamw'" in report.page()
+    assert all(row.loss_after < row.loss_before for row in report.rows)
 
 
 # ---------------------------------------------------------------------------- what it leaves
@@ -284,7 +295,8 @@ def test_an_engine_that_refuses_is_a_row(monkeypatch):
             super().__init__(model, config)
 
     monkeypatch.setattr(audit_module, "TTTTrainer", Trainer)
-    monkeypatch.setitem(MODES, "factored", Mode("factored", {"backend": "torch"}, ""))
+    refusable = Mode("factored", {"backend": "torch"}, "", refusable=True)
+    monkeypatch.setitem(MODES, "factored", refusable)
     report = audit(tiny_model("llama"), IDS, lrs=[1e-3], steps=1, modes=["torch", "factored"])
     assert rows_of(report, "factored")[0].refused == "3-D experts: use dense"
     assert "refused: 3-D experts: use dense" in report.table()
@@ -309,7 +321,7 @@ def test_a_row_for_each_mode_and_lr(report):
     keys = [(row.lr, order.index(row.mode)) for row in report.rows]
     assert keys == sorted(set(keys))
     assert {row.lr for row in report.rows} == {1e-5, 1e-3, 1e-2}
-    assert {"torch", "nearest", "delta", "stochastic", "float32"} <= {r.mode for r in report.rows}
+    assert {row.mode for row in report.rows} == {*MODES}
 
 
 def test_table_is_aligned_and_shows_the_numbers(report):
@@ -349,7 +361,7 @@ def colours(path):
     pixels = imread(path)[..., :3].reshape(-1, 3)
     return {
         name
-        for name, look in audit_module._LOOKS.items()
+        for name, look in audit_report._LOOKS.items()
         if (abs(pixels - to_rgb(look["color"])).max(1) < 2 / 255).any() and name != "torch"
     }  # stock torch is black, as is the text
 
@@ -396,7 +408,7 @@ def test_conclusion(shares, dtype, sentence):
 def test_the_reference_needs_memory(monkeypatch):
     model = tiny_model("llama", torch.bfloat16)
     for free, words in [(0, "GiB and 0.0 are free"), (None, "does not tell")]:
-        monkeypatch.setattr(audit_module, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(audit_module, "free_bytes", lambda device, free=free: free)
         report = audit(model, IDS, lrs=[1e-3], steps=1)
         assert not rows_of(report, "float32")
         assert "No float32 reference" in report.page()
@@ -405,8 +417,14 @@ def test_the_reference_needs_memory(monkeypatch):
         assert rows_of(forced, "float32")
 
 
-def test_free_memory_is_found():
-    assert 2**20 < audit_module._free_bytes(torch.device("cpu")) < 2**50
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_reference_keeps_to_the_memory_budget(fits):
+    model = tiny_model("llama", torch.bfloat16)
+    n_params = sum(param.numel() for param in model.parameters())
+    # The copy and a snapshot of it are 8 bytes a parameter, momentum is 4 more.
+    budget = 4 * 12 * n_params if fits else 12 * n_params
+    report = audit(model, IDS, lrs=[1e-3], steps=1, memory_budget=budget)
+    assert bool(rows_of(report, "float32")) == fits
 
 
 def test_progress_bar(capsys):

@@ -8,7 +8,7 @@ import torch
 
 from ttt_fast import calibration
 from ttt_fast.calibration import RANKS, ROWS, default_machine, machine
-from ttt_fast.engines import policy
+from ttt_fast.engines import cost
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +24,13 @@ def nanoseconds(speeds) -> dict:
         "copy": 1 / speeds.copy_gb_s,
         "update": 1 / speeds.update_gb_s,
         "loss": speeds.logit_ns,
-        ("adapt", "dense"): 1e6 * policy.dense_ms(narrow, speeds),
-        ("adapt", "factored"): 1e6 * policy.factored_ms(narrow, speeds),
+        ("adapt", "dense"): 1e6 * cost.dense_ms(narrow, speeds),
+        ("adapt", "factored"): 1e6 * cost.factored_ms(narrow, speeds),
     }
     for name in calibration._DECODERS:
         work = calibration._decoder_workload(name, speeds.dtype)
-        blocks = tuple(x for x in work.layers if calibration._VOCABULARY not in (x.out, x.in_))
-        decoder = dataclasses.replace(work, layers=blocks, vocabulary=0)
-        ns["decoder", name] = 1e6 * policy.frozen_ms(decoder, speeds)
+        decoder = calibration._without_vocabulary(work)
+        ns["decoder", name] = 1e6 * cost.frozen_ms(decoder, speeds)
     for M in ROWS:
         ns["product", M] = speeds.product(M)
         ns["weight_gradient", M] = speeds.weight_gradient(M)
@@ -58,8 +57,22 @@ def test_noise_still_makes_a_machine():
     noisy = ns | {("product", 64): 100 * ns["product", 64], ("decoder", "wide"): 1.0}
     noisy |= {("adapt", "dense"): 1.0, ("delta", 128): 1e-9}
     found = calibration._speeds("float32", noisy)
-    assert policy.is_smooth(found.rows, found.product_ns)
+    assert cost.is_smooth(found.rows, found.product_ns)
     assert found.element_ns > 0 < found.dense_module_us
+
+
+def test_units_of_work_are_those_of_the_calls():
+    done = {
+        "product": lambda call: call.args[1].numel(),
+        "weight_gradient": lambda call: call.keywords["out"].numel(),
+        "gram": lambda call: sum(x.numel() for x in call.args),
+        "delta": lambda call: sum(x.numel() for x in call.args[2:4]),
+    }
+    cpu = torch.device("cpu")
+    cases = calibration._product_cases(torch.float32, cpu)
+    cases |= calibration._delta_cases(torch.float32, cpu)
+    for name, (calls, units) in cases.items():
+        assert units == sum(map(done[name[0]], calls)), name
 
 
 # ---------------------------------------------------------------------------- the file
@@ -82,6 +95,21 @@ def test_what_was_measured_is_used(cache):
     assert machine(torch.float32) == measured
     assert machine(torch.bfloat16) == default_machine("bfloat16")
     assert [file.suffix for file in cache.iterdir()] == [".json"]  # nothing unfinished is left
+
+
+def test_the_file_is_read_once_for_each_calibration(monkeypatch):
+    first, second = (
+        dataclasses.replace(default_machine("float32"), source="measured", copy_gb_s=speed)
+        for speed in (3.0, 4.0)
+    )
+    reads, read_bytes = [], calibration.Path.read_bytes
+    monkeypatch.setattr(
+        calibration.Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path)
+    )
+    for measured in (first, second):
+        save(measured)
+        assert [machine(torch.float32) for _ in range(3)] == [measured] * 3
+    assert len(reads) == 2
 
 
 def test_other_threads_are_another_machine():

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ttt_fast import TTTConfig, audit, cli, doctor
+from ttt_fast.arguments import build_parser
 from ttt_fast.comparison import PHASES
 
 WORDS = "the cat sat on a mat and dog ran to old red house by river".split()
@@ -135,7 +136,7 @@ def test_adamw_compares(folder, capsys):
 def test_every_setting_is_an_option():
     values = {bool: [], float: ["0.5"], int: ["7"], str: ["x"], type(None): ["7"]}
     names = [field.name for field in fields(TTTConfig) if field.name != "param_groups"]
-    parser = cli._parser()
+    parser = build_parser()
     for name in names:
         default = getattr(TTTConfig(), name)
         given = ["0.5", "0.25"] if name == "betas" else values[type(default)]
@@ -146,7 +147,7 @@ def test_every_setting_is_an_option():
 
 
 def test_options_that_may_be_none():
-    parser = cli._parser()
+    parser = build_parser()
     clip = ("adapt", "m", "p", "--max-grad-norm")
     assert parser.parse_args([*clip, "None"]).max_grad_norm is None
     assert parser.parse_args([*clip, "0.5"]).max_grad_norm == 0.5

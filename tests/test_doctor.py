@@ -39,7 +39,8 @@ def test_the_engine_and_its_memory(folder):
     page = doctor.page(report)
     assert "factored engine for 5 steps on 3 prompts" in page
     assert report["engine"]["reason"] in page
-    assert json.loads(json.dumps(report)) == json.loads(json.dumps(report))
+    for part in ("memory", "engine"):
+        assert json.loads(json.dumps(report))[part] == report[part]
 
 
 def test_the_dense_engine_and_its_reason(folder):

@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.families import FAMILIES, tiny_model
-from tests.loops import distance, params_of, prompt_ids, row_loss, sgd_loop, twin, weights
+from tests.families import FAMILIES, FUSED_QUERY, tiny_model
+from tests.loops import (
+    distance,
+    params_of,
+    prompt_ids,
+    row_loss,
+    selected_rows_loop,
+    sgd_loop,
+    twin,
+    weights,
+)
 from ttt_fast import TTTConfig, TTTTrainer, select_parameters
 from ttt_fast.demo import PROMPTS, load_demo_model
 from ttt_fast.naive import naive_adapt
@@ -20,7 +29,6 @@ from ttt_fast.naive import naive_adapt
 dense_config = functools.partial(TTTConfig, engine="dense")
 
 SCOPES = ("all", "ffn", "attention", "query", "norm", "embedding", "head")
-FUSED_QUERY = ("phi3", "gpt2", "gpt_neox")
 RICH = dict(lr=2e-2, momentum=0.9, nesterov=True, weight_decay=0.1, max_grad_norm=2.0)
 
 
@@ -109,24 +117,15 @@ def test_query_rows_of_a_fused_projection(family, max_grad_norm):
     """Only the rows move, and only they count in the norm: the loop zeroes all other gradients."""
     model = tiny_model(family, torch.float64)
     other = twin(model)
-    selections = select_parameters(model, "query")
-    params = params_of(other, selections)
-    masks = []
-    for selection in selections:
-        mask = torch.zeros_like(selection.param)
-        selection.view(mask).fill_(1)
-        masks.append(mask)
-    optimizer = torch.optim.SGD(params, lr=2e-2, momentum=0.9)
     ids = prompt_ids()
-    for _ in range(4):
-        loss = row_loss(other, ids[0])
-        for param, grad, mask in zip(params, torch.autograd.grad(loss, params), masks, strict=True):
-            param.grad = grad * mask
-        nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
-        optimizer.step()
+    norms = selected_rows_loop(
+        other, [lambda m: row_loss(m, ids[0])] * 4, select_parameters(model, "query"),
+        lr=2e-2, momentum=0.9, max_grad_norm=max_grad_norm,
+    )  # fmt: skip
     config = dense_config(steps=4, lr=2e-2, scope="query", max_grad_norm=max_grad_norm)
-    with TTTTrainer(model, config).adapt(ids):
+    with TTTTrainer(model, config).adapt(ids) as adapted:
         assert distance(model, other) <= 1e-12
+        assert adapted.grad_norms[0].tolist() == pytest.approx(norms, rel=1e-12)
 
 
 def test_layers():

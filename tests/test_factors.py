@@ -348,6 +348,9 @@ def test_lookups_start_a_prompt_without_rows():
 
 # ---------------------------------------------------------------------------- vectors
 
+# β before the first step.
+NO_STEP = torch.zeros(3, 0, dtype=torch.float64)
+
 
 def vector_of(size=4, rows=None, dtype=torch.float64):
     param = torch.nn.Parameter(noise(size).to(dtype))
@@ -359,11 +362,11 @@ def vector_of(size=4, rows=None, dtype=torch.float64):
 @pytest.mark.parametrize("rows", [None, RowSlice(period=2, start=1, length=1, dim=0)])
 def test_the_gradient_of_a_vector_is_kept_and_read_back(rows):
     factors = vector_of(rows=rows)
-    leaf = factors.leaf(factors.effective(None, None, ALL))
-    assert torch.equal(leaf[2], factors.base) and factors.leaf(leaf * 2) is leaf
+    leaf = factors.leaf(factors.effective(None, NO_STEP, ALL), 0)
+    assert torch.equal(leaf[2], factors.base) and factors.leaf(leaf * 2, 0) is leaf
     target = noise(3, 4, seed=1)
     (leaf * target).sum().backward()
-    assert factors.close_forward(ALL, 0)
+    assert factors.close_forward(ALL)
     kept = torch.zeros(4, dtype=torch.bool)
     kept[1 if rows else 0 :: 2 if rows else 1] = True
     gradient = torch.where(kept, target, 0)
@@ -373,15 +376,15 @@ def test_the_gradient_of_a_vector_is_kept_and_read_back(rows):
     moved = factors.effective(None, beta, ALL) - factors.base
     assert torch.allclose(moved, -beta * gradient)
     rho = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    scaled = factors.effective(rho, None, ALL)
+    scaled = factors.effective(rho, NO_STEP, ALL)
     assert torch.equal(scaled, torch.where(kept, rho[:, None], 1.0) * factors.base)
 
 
 def test_a_vector_that_nothing_reached_keeps_no_row():
     factors = vector_of()
-    assert not factors.close_forward(ALL, 0)
-    factors.leaf(factors.effective(None, None, ALL))
-    assert not factors.close_forward(ALL, 0)
+    assert not factors.close_forward(ALL)
+    factors.leaf(factors.effective(None, NO_STEP, ALL), 0)
+    assert not factors.close_forward(ALL)
     assert factors.pending.lengths == (0, 0, 0)
     factors.open_forward()
     assert factors.current_leaf is None
@@ -389,9 +392,9 @@ def test_a_vector_that_nothing_reached_keeps_no_row():
 
 def test_a_bfloat16_vector_is_kept_in_float32():
     factors = vector_of(dtype=torch.bfloat16)
-    leaf = factors.leaf(factors.effective(None, None, ALL))
+    leaf = factors.leaf(factors.effective(None, NO_STEP, ALL), 0)
     (leaf * 1e-3).sum().backward()
-    assert factors.close_forward(ALL, 0)
+    assert factors.close_forward(ALL)
     factors.close_step()
     beta = torch.full((3, 1), 1e-3)
     assert not torch.equal(factors.effective(None, beta, ALL)[0], factors.base)

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment leaves the model as it was."""
+"""Ctrl-C at any moment leaves the model as it was, in either engine."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from tests.families import tiny_model
 from tests.loops import prompt_ids
@@ -18,7 +19,9 @@ from tests.untouched import (
     unchanged,
 )
 
-# ---------------------------------------------------------------------------- Ctrl-C
+PROMPTS = [prompt_ids(n, seed=n)[0] for n in (6, 3, 8)]
+
+engines = pytest.mark.parametrize("engine", ["dense", "factored"])
 
 
 @pytest.fixture
@@ -56,18 +59,46 @@ def interrupted_at(model, forward, delay):
         handle.remove()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize(
+    ("engine", "seed"),
+    [*[("dense", seed) for seed in range(30)], *[("factored", seed) for seed in range(12)]],
+)
 @pytest.mark.parametrize("deltas", ["shared", "independent"])
-def test_ctrl_c_at_any_moment(ctrl_c, seed, deltas):
+def test_ctrl_c_at_any_moment(ctrl_c, engine, seed, deltas):
     """Many more steps than are taken, so that the signal always comes during one of them."""
     model = lived_in("llama")
     generator = random.Random(seed)
     forward, delay = generator.randint(1, 6), generator.randint(0, 200_000)
-    trainer = trainer_of(model, steps=5000, lr=1e-6)
+    trainer = trainer_of(model, steps=5000, lr=1e-6, engine=engine)
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         with interrupted_at(model, forward, delay):
             trainer.adapt(prompt_ids(6, n_rows=2), deltas=deltas)
-    assert_adapts(model)
+    assert_adapts(model, engine)
+
+
+@engines
+def test_ctrl_c_in_every_module(ctrl_c, engine):
+    """In the forward of each module, in its backward, and in each step's end."""
+    model = lived_in("llama")
+    trainer = trainer_of(model, steps=2, engine=engine)
+
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def in_backward(module, inputs, output):
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(interrupt)
+
+    owners = [m for m in model.modules() if list(m.parameters(recurse=False))]
+    for module in owners:
+        for hook in (interrupt, in_backward):
+            handle = module.register_forward_hook(hook)
+            with unchanged(model), pytest.raises(KeyboardInterrupt):
+                trainer.adapt(PROMPTS, deltas="independent")
+            handle.remove()
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        trainer.adapt(IDS, on_step=interrupt)
+    assert_adapts(model, engine)
 
 
 def test_ctrl_c_during_the_update_waits_for_its_end(ctrl_c, monkeypatch):
@@ -105,10 +136,37 @@ def test_ctrl_c_during_the_update_waits_for_its_end(ctrl_c, monkeypatch):
     assert_adapts(model)
 
 
-def test_ctrl_c_between_the_lines(monkeypatch):
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("during", ["attach", "detach", "update", "finish_step"])
+def test_ctrl_c_at_the_edges_of_what_the_factored_engine_does(ctrl_c, monkeypatch, during, when):
+    model = lived_in("llama")
+    trainer = trainer_of(model, engine="factored")
+    trainer.adapt(IDS).restore()
+    engine = trainer._engines["factored"]
+    original = getattr(engine, during)
+
+    def interrupted(*args):
+        if when == "before":
+            signal.raise_signal(signal.SIGINT)
+        found = original(*args)
+        if when == "after":
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(engine, during, interrupted)
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        with trainer.adapt(IDS):
+            pass
+    monkeypatch.undo()
+    with unchanged(model), trainer.adapt(IDS) as adapted:
+        assert adapted.losses.isfinite().all()
+
+
+@engines
+def test_ctrl_c_between_the_lines(monkeypatch, engine):
     """When the session has ended and the caller has nothing in hands yet."""
     model = lived_in("llama")
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, engine=engine)
     session_class = type(trainer.begin())
     trainer.restore()
     for name in ("end", "__enter__"):
@@ -122,7 +180,7 @@ def test_ctrl_c_between_the_lines(monkeypatch):
         with unchanged(model), pytest.raises(KeyboardInterrupt):
             trainer.adapt(IDS)
         monkeypatch.undo()
-        assert_adapts(model)
+        assert_adapts(model, engine)
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
@@ -139,11 +197,12 @@ def test_other_handlers_of_ctrl_c_stay_in_charge(handler):
     assert_adapts(model)
 
 
-def test_outside_the_main_thread():
+@engines
+def test_outside_the_main_thread(engine):
     model, results = tiny_model("llama"), []
 
     def work():
-        with trainer_of(model).adapt(IDS) as adapted:
+        with trainer_of(model, engine=engine).adapt(IDS) as adapted:
             results.append(adapted.losses)
 
     with unchanged(model):

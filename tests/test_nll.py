@@ -3,7 +3,12 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerances import assert_no_worse
-from tests.update_cases import DTYPES, assert_same_bits, backend_params
+from tests.update_cases import (
+    DTYPES,
+    assert_same_bits,
+    backend_params,
+    for_each_number_of_threads,
+)
 from ttt_fast import ops
 from ttt_fast.reference import compute_dtype
 
@@ -201,15 +206,12 @@ def test_a_target_out_of_range_is_refused(backend, wrong):
 @dtypes
 def test_the_number_of_threads_changes_no_bit(backend, dtype):
     logits, targets = case(70, 4097, dtype)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            gradients = logits.clone()
-            results.append([ops.nll_(gradients, targets, backend=backend), gradients])
-    finally:
-        torch.set_num_threads(threads)
+
+    def run():
+        gradients = logits.clone()
+        return [ops.nll_(gradients, targets, backend=backend), gradients]
+
+    results = for_each_number_of_threads(run)
     for result in results[1:]:
         assert_same_bits(result, results[0], "losses and gradients")
 
@@ -221,32 +223,3 @@ def test_the_reference_by_blocks_of_rows(monkeypatch):
     monkeypatch.setattr("ttt_fast.reference.NLL_ELEMENTS", 100)
     assert torch.equal(ops.nll_(logits, targets, backend="torch"), expected)
     assert torch.equal(logits, whole)
-
-
-@pytest.mark.parametrize(
-    ("logits", "targets", "message"),
-    [
-        (torch.ones(2, 3, 4), torch.ones(2).long(), r"it must be \(M, V\)"),
-        (torch.ones(2, 3), torch.ones(3).long(), r"targets has shape \(3,\); .* with M = 2"),
-        (torch.ones(2, 3), torch.ones(2), "targets is float32; it must be int64"),
-        (torch.ones(2, 3).int(), torch.ones(2).long(), "int32 are not supported"),
-        (torch.ones(2, 3), torch.ones(2, device="meta").long(), "targets is on meta"),
-        (torch.ones(2, 0), torch.ones(2).long(), "no columns"),
-    ],
-)
-def test_refusals(logits, targets, message):
-    with pytest.raises(ValueError, match=message):
-        ops.nll_(logits, targets)
-
-
-@needs_cpp
-def test_direct_calls_are_checked_too(backend):
-    nll = torch.ops.ttt_fast_cpp.nll_
-    with pytest.raises(RuntimeError, match="logits must be a matrix"):
-        nll(torch.ones(2, 3, 4), torch.ones(2).long(), ignore_index=0)
-    with pytest.raises(RuntimeError, match="targets must be an int64 tensor"):
-        nll(torch.ones(2, 3), torch.ones(3).long(), ignore_index=0)
-    with pytest.raises(RuntimeError, match="targets must be an int64 tensor"):
-        nll(torch.ones(2, 3), torch.ones(2), ignore_index=0)
-    with pytest.raises(RuntimeError, match="expanded"):
-        nll(torch.ones(1, 3).expand(2, 3), torch.ones(2).long(), ignore_index=0)

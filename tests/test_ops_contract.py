@@ -154,20 +154,59 @@ def test_autograd_sees_that_a_single_tensor_was_overwritten(name, backend):
         loss.backward()
 
 
+REFUSALS = [
+    ("gram_norm", (torch.ones(2, 3), torch.ones(1, 2, 3)), r"x has shape \(2, 3\); it must be"),
+    (
+        "gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 3, 3)),
+        r"dy has shape \(1, 3, 3\); it must be \(B, M, out\) with B = 1, M = 2",
+    ),
+    (
+        "gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 2, 3).double()),
+        "dy is float64; it must be float32",
+    ),
+    (
+        "gram_norm", (torch.ones(1, 2, 3).int(), torch.ones(1, 2, 3).int()),
+        "int32 are not supported",
+    ),
+    ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 2, 3, device="meta")), "dy is on meta"),
+    ("nll_", (torch.ones(2, 3, 4), torch.ones(2).long()), r"it must be \(M, V\)"),
+    ("nll_", (torch.ones(2, 3), torch.ones(3).long()), r"targets has shape \(3,\); .* with M = 2"),
+    ("nll_", (torch.ones(2, 3), torch.ones(2)), "targets is float32; it must be int64"),
+    ("nll_", (torch.ones(2, 3).int(), torch.ones(2).long()), "int32 are not supported"),
+    ("nll_", (torch.ones(2, 3), torch.ones(2, device="meta").long()), "targets is on meta"),
+    ("nll_", (torch.ones(2, 0), torch.ones(2).long()), "no columns"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "args", "message"), REFUSALS)
+def test_refusals(op, args, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(*args)
+
+
+# ops.py checks with names; the extension itself must at least never touch foreign memory.
+DIRECT_CALLS = [
+    ("copy_", ([torch.zeros(3)], [torch.zeros(4)]), "they must agree"),
+    ("copy_", ([torch.zeros(3)], [torch.zeros(3).int()]), "differ in dtype"),
+    ("copy_", ([torch.zeros(3, device="meta")], [torch.zeros(3)]), "not on the CPU"),
+    ("checksum", ([torch.zeros(3, dtype=torch.complex128)],), "at most 8 are supported"),
+    ("grad_norm", ([torch.zeros(3).int()],), "must be float32"),
+    ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 3, 3)), r"x must be \(B, M, in\)"),
+    ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 2, 3).double()), "of one dtype"),
+    ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 2, 3, device="meta")), "not on the CPU"),
+    ("nll_", (torch.ones(2, 3, 4), torch.ones(2).long()), "logits must be a matrix"),
+    ("nll_", (torch.ones(2, 3), torch.ones(3).long()), "targets must be an int64 tensor"),
+    ("nll_", (torch.ones(2, 3), torch.ones(2)), "targets must be an int64 tensor"),
+    ("nll_", (torch.ones(1, 3).expand(2, 3), torch.ones(2).long()), "expanded"),
+]
+
+
 @needs_cpp
-def test_direct_calls_are_checked_too(backend):
-    # ops.py checks with names; the extension itself must at least never touch foreign memory.
-    copy_op = torch.ops.ttt_fast_cpp.copy_
-    with pytest.raises(RuntimeError, match="they must agree"):
-        copy_op([torch.zeros(3)], [torch.zeros(4)])
-    with pytest.raises(RuntimeError, match="differ in dtype"):
-        copy_op([torch.zeros(3)], [torch.zeros(3).int()])
-    with pytest.raises(RuntimeError, match="not on the CPU"):
-        copy_op([torch.zeros(3, device="meta")], [torch.zeros(3)])
-    with pytest.raises(RuntimeError, match="at most 8 are supported"):
-        torch.ops.ttt_fast_cpp.checksum([torch.zeros(3, dtype=torch.complex128)])
-    with pytest.raises(RuntimeError, match="must be float32"):
-        torch.ops.ttt_fast_cpp.grad_norm([torch.zeros(3).int()])
+@pytest.mark.parametrize(("op", "args", "message"), DIRECT_CALLS)
+def test_direct_calls_are_checked_too(backend, op, args, message):
+    options = {"ignore_index": 0} if op == "nll_" else {}
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.ttt_fast_cpp, op)(*args, **options)
 
 
 def test_unknown_arguments_of_schema_do_not_hide():

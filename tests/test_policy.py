@@ -1,20 +1,19 @@
-"""Which engine: the workload read off a model, the decision table, and what must hold whatever."""
+"""Which engine: the workload read off a model, and the decision table."""
 
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from families import FAMILIES, tiny_model
 from ttt_fast import TTTConfig, select_parameters
 from ttt_fast.calibration import default_machine
-from ttt_fast.engines import policy
-from ttt_fast.engines.policy import Layer, Machine, Workload, choose, workload
+from ttt_fast.engines import cost, policy
+from ttt_fast.engines.cost import Workload
+from ttt_fast.engines.policy import choose, workload
 
 CONFIGS = {
     "smollm2": LlamaConfig(
@@ -42,11 +41,6 @@ def work_of(model, tokens=20, steps=10, deltas=1, available_bytes=None, **option
     return workload(model, selections, config, deltas, tokens, available_bytes)
 
 
-def products(work: Workload) -> int:
-    """Weights whose gradient is a product, of a tied head too."""
-    return sum(x.count * x.adapted_out * x.in_ for x in work.layers if x.kind == "linear")
-
-
 # ---------------------------------------------------------------------------- reading a model
 
 
@@ -56,7 +50,7 @@ def test_numbers_of_smollm2():
     ffn = 3 * (1536 + 576)
     head = 49152 + 576
     block = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576
-    assert work.forward_weights == products(work) == 30 * block + 49152 * 576
+    assert work.forward_weights == work.gradient_weights == 30 * block + 49152 * 576
     assert work.adapted_parameters == 134_515_008
     assert work.vector_parameters == 61 * 576
     assert work.width == work.delta_width == 30 * (attention + ffn) + head
@@ -86,7 +80,7 @@ def test_a_model_on_meta_and_a_real_one_read_alike():
 def test_frozen_layers_are_crossed_but_not_trained():
     whole, part = (work_of(meta_model("smollm2"), scope=s) for s in ("all", "attention"))
     assert part.forward_weights == whole.forward_weights
-    assert products(part) == part.adapted_parameters == 30 * 2 * (576 + 192) * 576
+    assert part.gradient_weights == part.adapted_parameters == 30 * 2 * (576 + 192) * 576
     assert part.delta_width == 30 * (2 * 1152 + 2 * 768)
 
 
@@ -102,7 +96,7 @@ def test_slices_and_transposed_weights():
     phi3 = work_of(tiny_model("phi3"), scope="query")
     config = tiny_model("phi3").config
     query = config.hidden_size * config.num_hidden_layers
-    assert products(phi3) == query * config.hidden_size
+    assert phi3.gradient_weights == query * config.hidden_size
     gpt2 = tiny_model("gpt2")
     hidden = gpt2.config.hidden_size
     widest = max(x.out for x in work_of(gpt2, scope="ffn").layers if x.adapted_out)
@@ -211,12 +205,12 @@ def test_memory_takes_the_slower_engine_that_fits():
 def test_memory_of_factors_makes_it_dense():
     work = work_of(meta_model("qwen2.5-3b"), tokens=256, steps=4, deltas=8, scope="attention")
     assert choose(work, CPU).engine == "factored"
-    dense = sum(policy.dense_bytes(work).values())
+    dense = sum(cost.dense_bytes(work).values())
     # Not even one delta at a time: the factors of all are kept.
-    assert sum(policy.factored_bytes(replace(work, steps=12), 1).values()) > dense
+    assert sum(cost.factored_bytes(replace(work, steps=12), 1).values()) > dense
     tight = replace(work, steps=12, available_bytes=dense)
     assert choose(tight, CPU).engine == "dense"
-    assert policy.deltas_at_once(tight) == 0
+    assert cost.deltas_at_once(tight) == 0
 
 
 def test_too_little_memory_for_either_takes_the_smaller():
@@ -227,9 +221,9 @@ def test_too_little_memory_for_either_takes_the_smaller():
 
 def test_deltas_that_do_not_fit_at_once_take_turns():
     work = work_of(meta_model("smollm2"), deltas=64)
-    whole = sum(policy.factored_bytes(work).values())
+    whole = sum(cost.factored_bytes(work).values())
     tight = replace(work, available_bytes=whole - 1)
-    at_once = policy.deltas_at_once(tight)
+    at_once = cost.deltas_at_once(tight)
     assert 1 <= at_once < 64
     choice = choose(tight, CPU)
     assert choice.deltas_at_once == at_once
@@ -237,99 +231,9 @@ def test_deltas_that_do_not_fit_at_once_take_turns():
     assert choice.predicted_ms["factored"] >= choose(work, CPU).predicted_ms["factored"]
 
 
-def test_memory_by_hand():
-    layer = Layer(out=30, in_=20, adapted_out=30)
-    work = Workload((layer, replace(layer, shares_input=True)), tokens=7, steps=3, deltas=2)
-    assert policy.factored_bytes(work)["factors"] == 2 * 3 * 7 * 4 * (20 + 30 + 30)
-    dense = policy.dense_bytes(work)
-    weights = 2 * 600 * 4
-    assert dense["snapshot"] == weights
-    # Seven tokens in 30 x 20: the gradient stays factors. A hundred: it is formed.
-    assert dense["gradients"] == 0
-    assert policy.dense_bytes(replace(work, tokens=100))["gradients"] == weights
-    assert policy.dense_bytes(replace(work, rounding="torch"))["gradients"] == weights
-    assert dense["optimizer"] == dense["weights"] == 2 * weights
-    plain = replace(work, deltas=1, momentum=False, dtype="bfloat16")
-    assert policy.dense_bytes(plain)["optimizer"] == policy.dense_bytes(plain)["weights"] == 0
-    assert policy.dense_bytes(plain)["snapshot"] == weights // 2
-    adam = policy.dense_bytes(replace(plain, optimizer="adamw"))
-    assert adam["optimizer"] == 2 * weights  # two moments in float32
-
-
 def test_free_bytes_are_those_of_this_machine():
     free = policy.free_bytes()
     assert free is None or 1 << 20 < free < 1 << 50
-
-
-# ---------------------------------------------------------------------------- what holds whatever
-
-
-@st.composite
-def machines(draw) -> Machine:
-    speed = st.floats(1e-3, 1e3)
-    rows, ranks = (1, 10, 100), (10, 100)
-
-    def table() -> tuple[float, ...]:
-        return policy.smooth(rows, [draw(speed) for _ in rows])
-
-    slow = draw(st.floats(0.1, 10))
-    return Machine(
-        dtype="float32", source="drawn", copy_gb_s=draw(speed), update_gb_s=draw(speed), rows=rows,
-        product_ns=table(), weight_gradient_ns=table(), gram_ns=table(), ranks=ranks,
-        delta_slowdown=(slow, slow * draw(st.floats(0.11, 2))), module_us=draw(speed),
-        element_ns=draw(speed), logit_ns=draw(speed), dense_module_us=draw(speed),
-        factored_module_us=draw(speed),
-    )  # fmt: skip
-
-
-layers = st.builds(
-    lambda out, in_, kind, adapted, count: Layer(
-        out, in_ if kind == "linear" else 1, kind, out * adapted, count=count
-    ),
-    out=st.integers(1, 2000), in_=st.integers(1, 2000), kind=st.sampled_from(["linear", "vector"]),
-    adapted=st.booleans(), count=st.integers(1, 40),
-)  # fmt: skip
-workloads = st.builds(
-    Workload,
-    layers=st.lists(layers, min_size=1, max_size=4).map(tuple),
-    tokens=st.integers(1, 300), steps=st.integers(1, 30), deltas=st.integers(1, 30),
-    dtype=st.sampled_from(["float32", "bfloat16"]), momentum=st.booleans(),
-    vocabulary=st.integers(1, 50000), attention_width=st.integers(0, 5000),
-)  # fmt: skip
-
-
-def advantage(work: Workload, machine: Machine) -> float:
-    """How many times faster factored is."""
-    return policy.dense_ms(work, machine) / policy.factored_ms(work, machine)
-
-
-@given(workloads, machines(), st.integers(1, 30))
-def test_more_steps_never_make_factored_relatively_cheaper(work, machine, more):
-    longer = replace(work, steps=work.steps + more)
-    assert advantage(longer, machine) <= advantage(work, machine) * (1 + 1e-9)
-
-
-@given(workloads, machines(), st.integers(1, 30))
-def test_more_deltas_never_make_dense_relatively_cheaper(work, machine, more):
-    wider = replace(work, deltas=work.deltas + more)
-    assert advantage(wider, machine) >= advantage(work, machine) * (1 - 1e-9)
-
-
-@given(workloads, machines(), st.integers(1, 30))
-def test_bytes_and_times_are_positive_and_grow(work, machine, more):
-    grown = replace(work, steps=work.steps + more, tokens=work.tokens + more)
-    for size in (policy.dense_bytes, policy.factored_bytes):
-        assert 0 <= sum(size(work).values()) <= sum(size(grown).values())
-    assert 0 < policy.factored_ms(work, machine) <= policy.factored_ms(grown, machine) * (1 + 1e-9)
-    assert policy.dense_ms(work, machine) > 0
-
-
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6))
-def test_smooth_times_are_accepted_and_stay(times):
-    rows = [3**i for i in range(len(times))]
-    smoothed = policy.smooth(rows, times)
-    assert policy.is_smooth(rows, smoothed)
-    assert smoothed[-1] == times[-1]
 
 
 # ---------------------------------------------------------------------------- negative controls
@@ -344,30 +248,6 @@ def test_the_machine_decides():
     long = work_of(meta_model("smollm2"), tokens=256, steps=4)
     assert choose(long, CPU).engine == "dense"
     assert choose(long, slow_updates).engine == "factored"
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"copy_gb_s": 0.0}, "copy_gb_s"),
-        ({"module_us": float("nan")}, "module_us"),
-        ({"logit_ns": "3"}, "logit_ns"),
-        ({"product_ns": (1.0, 2.0)}, "product_ns"),
-        ({"product_ns": (1.0, 1.0, 1.0, 1.0, 1.0, 0.5)}, "product_ns"),
-        ({"gram_ns": (1.0, 1.0, 1.0, 1.0, 1.0, 5.0)}, "gram_ns"),
-        ({"delta_slowdown": (1.0,)}, "delta_slowdown"),
-        ({"delta_slowdown": (8.0, 1.0, 1.0)}, "delta_slowdown"),
-    ],
-)
-def test_a_machine_that_cannot_be(changes, match):
-    with pytest.raises(ValueError, match=match):
-        replace(CPU, **changes)
-
-
-@pytest.mark.parametrize("changes", [{"tokens": 0}, {"steps": -1}, {"deltas": 0}])
-def test_a_workload_that_cannot_be(changes):
-    with pytest.raises(ValueError, match="Workload"):
-        replace(Workload((), tokens=1, steps=1), **changes)
 
 
 def test_no_steps_cost_no_division():

@@ -1,6 +1,5 @@
-"""Whatever happens, the model is afterwards what it was before, to the bit."""
+"""Whatever happens, the model is afterwards what it was before, to the bit, in either engine."""
 
-import contextlib
 import copy
 import gc
 import pickle
@@ -18,6 +17,8 @@ from tests.untouched import (
     Boom,
     assert_adapts,
     bits,
+    failing_backward,
+    failing_forward,
     lived_in,
     look,
     trainer_of,
@@ -25,15 +26,27 @@ from tests.untouched import (
 )
 from ttt_fast import Batch, DivergedError, negative_log_likelihood
 
+RAISED = [Boom, KeyboardInterrupt, SystemExit]
+PROMPTS = [prompt_ids(n, seed=n)[0] for n in (6, 3, 8)]
+
+engines = pytest.mark.parametrize("engine", ["dense", "factored"])
+
 # ---------------------------------------------------------------------------- as found
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama_tied", "opt", "mixtral"])
+@pytest.mark.parametrize(
+    ("engine", "family"),
+    [
+        *[("dense", family) for family in ("gpt2", "llama_tied", "opt", "mixtral")],
+        *[("factored", f) for f in ("gpt2", "llama_tied", "opt", "phi3", "gemma2", "gpt_neox")],
+    ],
+)
 @pytest.mark.parametrize("dropout", [False, True])
-def test_all_is_as_found_after_a_normal_exit(family, dropout):
+def test_all_is_as_found_after_a_normal_exit(engine, family, dropout):
     model = lived_in(family)
-    with unchanged(model):
-        with trainer_of(model, dropout=dropout).adapt(IDS) as adapted:
+    trainer = trainer_of(model, engine=engine, dropout=dropout)
+    for prompts, deltas in ((IDS, "shared"), (PROMPTS, "independent")):
+        with unchanged(model), trainer.adapt(prompts, deltas=deltas) as adapted:
             adapted.generate(max_new_tokens=3, do_sample=False)
             adapted.loss()
 
@@ -68,37 +81,39 @@ def test_snapshots_end_to_end(where, optimizer, dtype):
     assert expected[:2] == expected[2:]
 
 
+@engines
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("n_rows", [1, 2])
-def test_inside_any_grad_mode(mode, n_rows):
+def test_inside_any_grad_mode(engine, mode, n_rows):
     rows = prompt_ids(8, n_rows=n_rows)
     model = tiny_model("qwen2")
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, engine=engine)
     with trainer.adapt(rows, deltas="independent") as adapted:
-        expected = adapted.losses
-    for used in (trainer, trainer_of(model)):
+        expected = adapted.losses, adapted.loss()
+    for used in (trainer, trainer_of(model, engine=engine)):
         with mode(), unchanged(model):
             # These rows are inference tensors in inference mode.
             with used.adapt(rows + 0, deltas="independent") as adapted:
-                assert torch.equal(adapted.losses, expected)
-                adapted.loss()
+                assert torch.equal(adapted.losses, expected[0])
+                assert torch.equal(adapted.loss(), expected[1])
                 adapted.generate(max_new_tokens=2)
                 adapted.state_dict(n_rows - 1)
-    assert_adapts(model)
+    assert_adapts(model, engine)
 
 
-def test_tensors_made_in_inference_mode():
+@engines
+def test_tensors_made_in_inference_mode(engine):
     model = tiny_model("llama")
     with torch.inference_mode():
         rows, ones = prompt_ids(8, n_rows=2), torch.ones(2, 8)
         row_weights, mask = torch.ones(2), torch.ones(2, 8, dtype=torch.int64)
-    with trainer_of(model).adapt(
+    trainer = trainer_of(model, engine=engine)
+    with trainer.adapt(
         rows, token_weights=ones, row_weights=row_weights, attention_mask=mask, labels=rows,
         deltas="shared",
     ) as adapted:  # fmt: skip
         assert adapted.losses.isfinite().all()
-    session = trainer_of(model).begin(n_deltas=2)
-    with session, torch.inference_mode():
+    with trainer.begin(n_deltas=2) as session, torch.inference_mode():
         session.step(Batch(rows, delta_index=torch.tensor([1, 0]), token_weights=ones))
 
 
@@ -129,9 +144,10 @@ def test_two_hundred_prompts():
     assert alive[0] == alive[1]
 
 
-def test_an_adaptation_that_was_dropped_does_not_keep_the_model_alive():
+@engines
+def test_an_adaptation_that_was_dropped_does_not_keep_the_model_alive(engine):
     model = tiny_model("llama")
-    adapted = trainer_of(model).adapt(IDS)
+    adapted = trainer_of(model, engine=engine).adapt(IDS)
     gone = weakref.ref(model)
     del model, adapted
     gc.collect()
@@ -150,103 +166,73 @@ def test_a_copy_of_a_held_model_is_free():
 
 # ---------------------------------------------------------------------------- exceptions
 
-RAISED = [Boom, KeyboardInterrupt, SystemExit]
 
-
+@engines
 @pytest.mark.parametrize("raised", RAISED)
 @pytest.mark.parametrize("deltas", ["shared", "independent"])
-def test_a_callback_that_raises_at_any_step(raised, deltas):
+def test_a_callback_that_raises_at_any_step(engine, raised, deltas):
     model = lived_in()
-    rows = prompt_ids(6, n_rows=2)
-    trainer = trainer_of(model)
-    total = STEPS * (2 if deltas == "independent" else 1)
+    trainer = trainer_of(model, engine=engine)
     for callback in ("on_step", "stop"):
-        for k in range(total):
-            seen = []
+        seen = []
+        trainer.adapt(PROMPTS[:2], deltas=deltas, **{callback: seen.append}).restore()
+        for k in range(1, len(seen) + 1):
+            reports = []
 
-            def fail(report, k=k, seen=seen):
-                seen.append(report)
-                if len(seen) == k + 1:
+            def fail(report, k=k, reports=reports):
+                reports.append(report)
+                if len(reports) == k:
                     raise raised
 
             with unchanged(model):
                 with pytest.raises(raised):
-                    trainer.adapt(rows, deltas=deltas, **{callback: fail})
-                assert len(seen) == k + 1
-    assert_adapts(model)
+                    trainer.adapt(PROMPTS[:2], deltas=deltas, **{callback: fail})
+                assert len(reports) == k
+        assert len(seen) >= STEPS
+    assert_adapts(model, engine)
 
 
-@contextlib.contextmanager
-def failing_forward(model, raised, call):
-    """The ``call``-th forward of the model's last linear raises."""
-    calls = []
-
-    def hook(module, inputs, output):
-        calls.append(module)
-        if len(calls) == call:
-            raise raised
-
-    handle = model.get_output_embeddings().register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def failing_backward(model, raised, call):
-    """The ``call``-th backward through the model's last linear raises."""
-    calls = []
-
-    def fail(gradient):
-        calls.append(gradient)
-        if len(calls) == call:
-            raise raised
-
-    def hook(module, inputs, output):
-        if output.requires_grad:
-            output.register_hook(fail)
-
-    handle = model.get_output_embeddings().register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
+@engines
 @pytest.mark.parametrize("raised", RAISED)
 @pytest.mark.parametrize("failing", [failing_forward, failing_backward])
-def test_a_forward_or_backward_that_raises(failing, raised):
+def test_a_forward_or_backward_that_raises(engine, failing, raised):
     model = lived_in()
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, engine=engine)
+    with trainer.adapt(PROMPTS, deltas="shared") as adapted:
+        losses = adapted.losses
     for call in range(1, STEPS + 1):
         with unchanged(model), failing(model, raised, call), pytest.raises(raised):
-            trainer.adapt(IDS)
-    assert_adapts(model)
+            trainer.adapt(PROMPTS, deltas="independent")
+        # The same trainer goes on as if nothing had been.
+        with trainer.adapt(PROMPTS, deltas="shared") as adapted:
+            assert torch.equal(adapted.losses, losses)
+    assert_adapts(model, engine)
 
 
+@engines
 @pytest.mark.parametrize("raised", RAISED)
-def test_an_objective_that_raises(raised):
+def test_an_objective_that_raises(engine, raised):
     model = lived_in()
-    for k in range(STEPS):
+    for k in range(1, STEPS + 1):
         calls = []
 
         def fail(outputs, batch, k=k, calls=calls):
             calls.append(batch)
-            if len(calls) == k + 1:
+            if len(calls) == k:
                 raise raised
             return negative_log_likelihood(outputs, batch)
 
         with unchanged(model), pytest.raises(raised):
-            trainer_of(model, objective=fail).adapt(IDS)
-    assert_adapts(model)
+            trainer_of(model, objective=fail, engine=engine).adapt(IDS)
+    assert_adapts(model, engine)
 
 
+@engines
 @pytest.mark.parametrize("raised", RAISED)
 @pytest.mark.parametrize("n_rows", [1, 2])
-def test_generate_that_raises(raised, n_rows):
+def test_generate_that_raises(engine, raised, n_rows):
     model = lived_in()
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, engine=engine)
     rows = prompt_ids(6, n_rows=n_rows)
     with unchanged(model):
         with pytest.raises(raised), trainer.adapt(rows, deltas="independent") as adapted:
@@ -255,30 +241,38 @@ def test_generate_that_raises(raised, n_rows):
     # Without `with` the adaptation goes on, and can be used again.
     adapted = trainer.adapt(rows, deltas="independent")
     expected = adapted.loss()
-    with unchanged(model), pytest.raises(raised), failing_forward(model, raised, 1):
-        adapted.generate(max_new_tokens=3)
-    assert torch.equal(adapted.loss(), expected)
+    for call in (1, 2):
+        with unchanged(model), pytest.raises(raised), failing_forward(model, raised, call):
+            adapted.generate(max_new_tokens=3)
+        assert torch.equal(adapted.loss(), expected)
     adapted.restore()
-    assert_adapts(model)
+    assert_adapts(model, engine)
 
 
+@engines
 @pytest.mark.parametrize("raised", RAISED)
-def test_a_with_body_that_raises(raised):
+def test_a_with_body_that_raises(engine, raised):
     model = lived_in()
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, engine=engine)
     with unchanged(model):
         with pytest.raises(raised), trainer.adapt(IDS):
             raise raised
-        with pytest.raises(raised), trainer.begin() as session:
+        with pytest.raises(raised), trainer.begin(n_deltas=2) as session:
             session.step(Batch(IDS))
             raise raised
-        with pytest.raises(raised), trainer.adapt(prompt_ids(5, 2), deltas="independent") as a:
-            with a.weights_of(1):
+        with pytest.raises(raised), trainer.adapt(PROMPTS, deltas="independent") as adapted:
+            with adapted.weights_of(1):
                 raise raised
-    assert_adapts(model)
+        with trainer.adapt(PROMPTS, deltas="independent") as adapted:
+            expected = adapted.loss()
+            with pytest.raises(raised), adapted.weights_of(1):
+                raise raised
+            assert torch.equal(adapted.loss(), expected)
+    assert_adapts(model, engine)
 
 
 def test_a_begin_that_fails_half_way(monkeypatch):
+    """The dense engine could not make room for the second of three deltas."""
     model = lived_in()
     trainer = trainer_of(model)
     trainer.adapt(prompt_ids(5, 2), deltas="independent").restore()
@@ -300,9 +294,13 @@ def test_a_begin_that_fails_half_way(monkeypatch):
     assert_adapts(model)
 
 
+# ---------------------------------------------------------------------------- not finite
+
+
+@engines
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_loss_that_is_not_finite(value, clip):
+def test_a_loss_that_is_not_finite(engine, value, clip):
     model = lived_in()
     for k in range(1, STEPS + 1):
         calls = []
@@ -312,15 +310,16 @@ def test_a_loss_that_is_not_finite(value, clip):
             return negative_log_likelihood(outputs, batch) * (value if len(calls) == k else 1)
 
         with unchanged(model), pytest.raises(DivergedError) as caught:
-            trainer_of(model, objective=broken, max_grad_norm=clip).adapt(IDS)
+            trainer_of(model, objective=broken, max_grad_norm=clip, engine=engine).adapt(IDS)
         message = str(caught.value)
         assert caught.value.step == k and f"step {k} is not finite" in message
         assert "lr smaller than 0.02" in message
         assert "max_grad_norm" in message
-    assert_adapts(model)
+    assert_adapts(model, engine)
 
 
-def test_a_gradient_that_is_not_finite_behind_a_finite_loss():
+@engines
+def test_a_gradient_that_is_not_finite_behind_a_finite_loss(engine):
     model = tiny_model("llama")
 
     def broken(outputs, batch):
@@ -328,41 +327,46 @@ def test_a_gradient_that_is_not_finite_behind_a_finite_loss():
         return negative_log_likelihood(outputs, batch) + (outputs.logits * 0).sum().abs().sqrt()
 
     with unchanged(model), pytest.raises(DivergedError, match=r"step 1 .*gradient norm nan"):
-        trainer_of(model, objective=broken).adapt(IDS)
+        trainer_of(model, objective=broken, engine=engine).adapt(IDS)
 
 
-def test_a_step_size_that_overflows():
+@engines
+def test_a_step_size_that_overflows(engine):
     model = tiny_model("llama")
+    trainer = trainer_of(model, lr=1e30, max_grad_norm=None, steps=6, engine=engine)
     with unchanged(model), pytest.raises(DivergedError, match="no clipping was asked for"):
-        trainer_of(model, lr=1e30, max_grad_norm=None, steps=6).adapt(IDS)
-    assert_adapts(model)
+        trainer.adapt(IDS)
+    assert_adapts(model, engine)
 
 
 # ---------------------------------------------------------------------------- who holds the model
 
 
-def test_a_second_adaptation_while_one_is_attached():
+@engines
+def test_a_second_adaptation_while_one_is_attached(engine):
     model = tiny_model("llama")
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, engine=engine)
     for start in (lambda: trainer.adapt(IDS), trainer.begin):
         first = start()
-        for other in (trainer, trainer_of(model)):
+        for other in (trainer, trainer_of(model), trainer_of(model, engine="factored")):
             with unchanged(model), pytest.raises(RuntimeError, match="model is held by"):
                 other.adapt(IDS)
             with unchanged(model), pytest.raises(RuntimeError, match="model is held by"):
                 other.begin()
         trainer.restore()
-        assert_adapts(model)
+        assert_adapts(model, engine)
         with pytest.raises(RuntimeError, match="was restored|is over"):
             first.loss(Batch(IDS) if start == trainer.begin else IDS)
     with unchanged(model):
         trainer.restore()
 
 
+@engines
 @pytest.mark.parametrize("n_rows", [1, 2])
-def test_an_adaptation_after_restore(n_rows):
+def test_an_adaptation_after_restore(engine, n_rows):
     model = tiny_model("llama")
-    adapted = trainer_of(model).adapt(prompt_ids(6, n_rows=n_rows), deltas="independent")
+    trainer = trainer_of(model, engine=engine)
+    adapted = trainer.adapt(prompt_ids(6, n_rows=n_rows), deltas="independent")
     adapted.restore()
     with unchanged(model):
         for use in (
@@ -377,17 +381,18 @@ def test_an_adaptation_after_restore(n_rows):
                 use()
         adapted.restore()
     # An old one cannot take the weights from under a new one.
-    with trainer_of(model).adapt(IDS) as new:
+    with trainer_of(model, engine=engine).adapt(IDS) as new:
         expected = new.loss()
         adapted.restore()
         assert torch.equal(new.loss(), expected)
 
 
-def test_a_model_whose_weights_were_replaced():
+@engines
+def test_a_model_whose_weights_were_replaced(engine):
     model = tiny_model("llama")
-    trainer = trainer_of(model)
+    trainer = trainer_of(model, engine=engine)
     trainer.adapt(IDS).restore()
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
     with unchanged(model), pytest.raises(RuntimeError, match=r"lm_head.weight .*replaced"):
         trainer.adapt(IDS)
-    assert_adapts(model)
+    assert_adapts(model, engine)

@@ -9,19 +9,22 @@ from tests.tolerances import assert_no_worse
 from tests.update_cases import (
     DTYPES,
     ODD_SIZES,
+    SLICE_SHAPES,
     Case,
     as_row_slices,
     assert_same_bits,
     backend_params,
+    for_each_number_of_threads,
     make_case,
+    odd_case,
     sgd_step,
+    steps_of_grads,
 )
 from ttt_fast import ops
 from ttt_fast.reference import random_bits, round_stochastic
 
 backends = pytest.mark.parametrize("backend", backend_params())
 needs_cpp = pytest.mark.parametrize("backend", backend_params()[1:])
-SLICE_SHAPES = [(96, 48), (128, 96), (200, 48), (64, 64), (96, 192)]
 OPTIONS = {
     "plain": {},
     "momentum": {"momentum": 0.9},
@@ -72,14 +75,6 @@ def run_ours(
     return params
 
 
-def steps_of_grads(params: list[torch.Tensor], steps: int = 20) -> list[list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        [(torch.randn(p.shape, generator=generator) * 0.3).to(p.dtype) for p in params]
-        for _ in range(steps)
-    ]
-
-
 @backends
 @options
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,14 +109,7 @@ def test_rounding_torch_is_bitwise_stock_in_bf16(kwargs):
 @pytest.mark.parametrize("accumulate", [False, True], ids=["weight", "delta"])
 @pytest.mark.parametrize("wide", ["nothing", "grads", "states"])
 def test_backends_agree_bit_for_bit(backend, kwargs, rounding, accumulate, wide):
-    expected = make_case(
-        ODD_SIZES,
-        DTYPES,
-        n_states=1,
-        wide_grads=wide == "grads",
-        wide_states=wide == "states",
-        accumulate=accumulate,
-    )
+    expected = odd_case(1, wide, accumulate)
     actual = expected.clone()
     assert_backends_agree(expected, actual, backend, rounding=rounding, **kwargs)
 
@@ -300,19 +288,13 @@ def test_grad_norm_of_strided_views(backend):
 
 @needs_cpp
 def test_results_do_not_depend_on_the_number_of_threads(backend):
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            case = make_case([(400000,), (7,), (131075,)], [torch.bfloat16, torch.float32])
-            norm = ops.grad_norm(case.grads, backend=backend)
-            sgd_step(
-                case, backend, lr=0.1, grad_norm=norm, max_grad_norm=1.0, rounding="stochastic"
-            )
-            results.append((case, norm))
-    finally:
-        torch.set_num_threads(threads)
+    def run():
+        case = make_case([(400000,), (7,), (131075,)], [torch.bfloat16, torch.float32])
+        norm = ops.grad_norm(case.grads, backend=backend)
+        sgd_step(case, backend, lr=0.1, grad_norm=norm, max_grad_norm=1.0, rounding="stochastic")
+        return case, norm
+
+    results = for_each_number_of_threads(run, (1, 2, 3))
     for case, norm in results[1:]:
         assert_same_bits([norm], [results[0][1]], "norm")
         assert_same_bits(case.params, results[0][0].params, "params")

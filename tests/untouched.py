@@ -73,7 +73,45 @@ def lived_in(family="gpt2", dtype=torch.float32):
     return model
 
 
-def assert_adapts(model):
+def assert_adapts(model, engine="dense"):
     """A model and its trainer are in order: an adaptation learns, and gives everything back."""
-    with unchanged(model), trainer_of(model).adapt(IDS) as adapted:
+    with unchanged(model), trainer_of(model, engine=engine).adapt(IDS) as adapted:
         assert adapted.loss().item() < adapted.losses[0, 0].item()
+
+
+@contextlib.contextmanager
+def failing_forward(model, raised, call):
+    """The ``call``-th forward of the model's last linear raises."""
+    calls = []
+
+    def hook(module, inputs, output):
+        calls.append(module)
+        if len(calls) == call:
+            raise raised
+
+    handle = model.get_output_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def failing_backward(model, raised, call):
+    """The ``call``-th backward through the model's last linear raises."""
+    calls = []
+
+    def fail(gradient):
+        calls.append(gradient)
+        if len(calls) == call:
+            raise raised
+
+    def hook(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    handle = model.get_output_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

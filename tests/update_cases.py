@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from ttt_fast.backend import available_backends
 from ttt_fast.reference import compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SLICE_SHAPES = [(96, 48), (128, 96), (200, 48), (64, 64), (96, 192)]
 ODD_SIZES = ((0,), (1,), (7,), (4097,), (65537,), (131075,), (), (3, 5, 7))
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,6 +53,19 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor], what: str) ->
                 f"first at {k}: {a.contiguous().flatten()[k].item()!r} instead of "
                 f"{e.contiguous().flatten()[k].item()!r}"
             )
+
+
+def for_each_number_of_threads(run: Callable[[], Any], numbers: Sequence[int] = (1, 2, 5)) -> list:
+    """What ``run`` returns with each number of threads, which is afterwards as it was found."""
+    found = torch.get_num_threads()
+    try:
+        results = []
+        for n in numbers:
+            torch.set_num_threads(n)
+            results.append(run())
+        return results
+    finally:
+        torch.set_num_threads(found)
 
 
 @dataclass
@@ -127,6 +142,23 @@ def make_case(
             case.bases.append(case.params[-1].clone())
             case.deltas.append(random(0.01, wide))
     return case
+
+
+def odd_case(n_states: int, wide: str, accumulate: bool) -> Case:
+    """Every odd size, every dtype; ``wide`` says what is kept in the compute type, if anything."""
+    return make_case(
+        ODD_SIZES, DTYPES, n_states=n_states, wide_grads=wide == "grads",
+        wide_states=wide == "states", accumulate=accumulate,
+    )  # fmt: skip
+
+
+def steps_of_grads(params: list[Tensor], steps: int = 20) -> list[list[Tensor]]:
+    """Random gradients of some steps, in the dtypes of the parameters."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        [(torch.randn(p.shape, generator=generator) * 0.3).to(p.dtype) for p in params]
+        for _ in range(steps)
+    ]
 
 
 def row_slices(tensors: list[Tensor]) -> list[Tensor]:

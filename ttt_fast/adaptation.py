@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ttt_fast.batch import Batch, as_prompts, complete_batch, forward_arguments, pad_rows
 from ttt_fast.config import TTTConfig
+from ttt_fast.engines.deltas import Trajectory
 from ttt_fast.engines.policy import Choice
 from ttt_fast.objective import Objective
 from ttt_fast.profiling import Phases
@@ -113,6 +114,8 @@ class Adaptation:
             return Adaptation(**fields)
         from ttt_fast.factored_adaptation import FactoredAdaptation
 
+        for track in session.engine.tracks:
+            track.coefficients = Trajectory.of(track.coefficients)
         # The step of the session with which each step of a delta ended.
         ends = [[number for number, _, _ in entries] for entries in session._history]
         return FactoredAdaptation(**fields, ends=ends)
@@ -140,9 +143,9 @@ class Adaptation:
             RuntimeError: a session or an adaptation holds the model.
             ValueError: not such a file, or the model has other weights; names the first.
         """
-        from ttt_fast.factored_adaptation import FactoredAdaptation
+        from ttt_fast.factored_adaptation import read_adaptation
 
-        return FactoredAdaptation._read(path, model, objective, tokenizer)
+        return read_adaptation(path, model, objective, tokenizer)
 
     def __getattr__(self, name: str) -> Any:
         if name in _NEEDS_FACTORS:

@@ -110,7 +110,7 @@ class _Contents:
         """Store which step each row belongs to, once for all buffers that were written alike."""
         tables: dict[int, int] = {}
         for each in factors:
-            for rows in _rows_of(each):
+            for rows in deltas.rows_of(each):
                 if id(rows) not in tables:
                     tables[id(rows)] = number = len(tables)
                     self.tensors[f"rows/{number}"] = rows.columns(torch.device("cpu"))
@@ -211,8 +211,8 @@ def _fill(
         if "inputs" in where:
             number = where["inputs"]
             if number not in shared:
-                x = tensors[f"inputs/{number}"]
-                shared[number] = inputs = engine.desk.new_inputs(x.shape[2], x.dtype, engine.device)
+                x = tensors[f"inputs/{number}"].to(engine.device)
+                shared[number] = inputs = engine.desk.new_inputs(x)
                 inputs.buffer.write(everyone, 0, x)
                 inputs.rows = inputs.pending = tables[where["rows"]]
             each.inputs = shared[number]
@@ -249,13 +249,6 @@ def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             " Update ttt_fast."
         )
     return about, tensors
-
-
-def _rows_of(factors: MatrixFactors | VectorFactors) -> list[Rows]:
-    if isinstance(factors, VectorFactors):
-        return [factors.rows]
-    inputs, lookups = factors.inputs, factors.lookups
-    return [each.rows for each in (inputs, lookups) if each is not None]
 
 
 def _rows_from(columns: Tensor) -> Rows:

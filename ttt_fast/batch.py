@@ -81,22 +81,14 @@ class Batch:
         return replace(self, **tensors)
 
     @torch.inference_mode(False)
-    def by_delta(self) -> list[tuple[int, Batch]]:
-        """Each delta that has rows, with its rows. Of a complete batch only."""
-        return [
-            (delta, self.rows((self.delta_index == delta).nonzero().flatten()))
-            for delta in self.delta_index.unique().tolist()
-        ]
-
-    @torch.inference_mode(False)
-    def by_row_count(self, max_tokens: int | None = None) -> list[tuple[tuple[int, ...], Batch]]:
+    def runs(self, max_tokens: int | None = None) -> list[tuple[tuple[int, ...], Batch]]:
         """Runs of consecutive deltas that have equally many rows, with those rows in their order.
 
         Of a complete batch only. What is in a run can go through the model together.
 
         Args:
             max_tokens: end a run before its rows, padded to the longest, have more tokens; None for
-                no bound. A single delta is a run however long it is.
+                no bound. A single delta is a run however long it is: with 0 each is one.
         """
         counts = torch.bincount(self.delta_index).tolist()
         lengths = self.attention_mask.sum(1)

@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from ttt_fast import ops
 from ttt_fast.batch import Batch
-from ttt_fast.engines import policy
-from ttt_fast.engines.policy import Machine, Workload, smooth
+from ttt_fast.engines import cost, policy
+from ttt_fast.engines.cost import Machine, Workload, smooth
 from ttt_fast.engines.products import linear
 from ttt_fast.objective import negative_log_likelihood
 
@@ -51,6 +51,8 @@ _DECODERS: dict[str, tuple[dict[str, int], int]] = {
 }  # fmt: skip
 _VOCABULARY = 512
 _ADAPT_STEPS = 6
+# A speed where noise hides what is to be measured.
+_LEAST = 1e-6
 
 # Two cores of an AMD EPYC with AVX-512 and bfloat16 instructions, torch 2.13.0: what a laptop or a
 # share of a server has, give or take two. Only ratios matter for the choice.
@@ -109,6 +111,8 @@ _GPU = Machine(
 def machine(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> Machine:
     """The speeds of this machine: those that were measured, else the defaults. Never raises.
 
+    The file is read when it is new, or has been replaced since it was read.
+
     Args:
         dtype: of the weights.
         device: where they are.
@@ -116,20 +120,27 @@ def machine(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> Mac
     dtype, device = str(dtype).removeprefix("torch."), torch.device(device)
     try:
         path = cache_file(dtype, device)
-        raw = path.read_bytes()
+        found = path.stat()
     except (OSError, RuntimeError):
         # No file, or not even a home to look for it in.
         return default_machine(dtype, device)
+    return _read(path, dtype, device, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, dtype: str, device: torch.device, version: tuple[int, ...]) -> Machine:
+    """The speeds in a file; ``version`` is another one for a file that was written since."""
     try:
-        return _parse(raw, _key(dtype, device))
-    except (ValueError, TypeError, KeyError) as error:
+        return _parse(path.read_bytes(), _key(dtype, device))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         warnings.warn(
             f"{path} is ignored ({error}); `ttt-fast doctor --calibrate` measures again.",
-            stacklevel=2,
+            stacklevel=3,
         )
         return default_machine(dtype, device)
 
 
+@cache
 def default_machine(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> Machine:
     """Speeds of a usual machine of the kind."""
     dtype = str(dtype).removeprefix("torch.")
@@ -144,10 +155,10 @@ def cache_file(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> 
     Raises:
         RuntimeError: the system knows no home folder.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_fast"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_fast"
     key = _key(str(dtype).removeprefix("torch."), torch.device(device))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return cache / f"speeds-{key['dtype']}-{digest}.json"
+    return folder / f"speeds-{key['dtype']}-{digest}.json"
 
 
 def _key(dtype: str, device: torch.device) -> dict[str, Any]:
@@ -163,6 +174,7 @@ def _key(dtype: str, device: torch.device) -> dict[str, Any]:
     }
 
 
+@cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -302,6 +314,7 @@ def _product_cases(dtype: torch.dtype, device: torch.device) -> Cases:
     shapes = [*[(576, 576)] * 8, *[(1536, 576)] * 8, *[(576, 1536)] * 8, *[(2048, 2048)] * 2]
     weights = [torch.randn(s, device=device).mul_(0.02).to(dtype) for s in shapes]
     grads = [torch.empty_like(w) for w in weights]
+    gram_norm = ops.implementation("gram_norm", device.type)
     cases: Cases = {}
     for M in ROWS:
         # Long ones are not about memory: a few weights will do.
@@ -312,10 +325,10 @@ def _product_cases(dtype: torch.dtype, device: torch.device) -> Cases:
         forward = [partial(linear, pairs[i][0], weights[i]) for i in chosen]
         backward = [partial(linear, pairs[i][1], weights[i].t()) for i in chosen]
         gradients = [partial(torch.mm, pairs[i][1].t(), pairs[i][0], out=grads[i]) for i in chosen]
-        gram = partial(ops.gram_norm, rows[576][None], rows[1536][None])
         cases["product", M] = [*forward, *backward], 2 * units
         cases["weight_gradient", M] = gradients, units
-        cases["gram", M] = [gram], M * (576 + 1536)
+        grams = [partial(gram_norm, x[None], dy[None]) for x, dy in pairs.values()]
+        cases["gram", M] = grams, M * sum(sum(shapes[i]) for i in chosen)
     return cases
 
 
@@ -341,7 +354,8 @@ def _model_cases(dtype: torch.dtype, device: torch.device) -> Cases:
     batch = Batch(labels, labels=labels)
 
     def loss() -> None:
-        negative_log_likelihood(SimpleNamespace(logits=logits), batch).sum().backward()
+        outputs = SimpleNamespace(logits=logits)
+        negative_log_likelihood(outputs, batch, fused=True).sum().backward()
         logits.grad = None
 
     def step(model: nn.Module, embeddings: Tensor) -> None:
@@ -388,7 +402,6 @@ def _speeds(dtype: str, ns: dict[Any, float]) -> Machine:
     slowdowns = [ns["delta", R] / product[ROWS.index(20)] for R in RANKS]
     works = [R * s for R, s in zip(RANKS, slowdowns, strict=True)]
     rising = [max(works[: i + 1]) / R for i, R in enumerate(RANKS)]
-    least = 1e-6  # where noise hides what is to be measured
     speeds = Machine(
         dtype=dtype,
         source=f"measured on {time.strftime('%Y-%m-%d')}",
@@ -400,30 +413,38 @@ def _speeds(dtype: str, ns: dict[Any, float]) -> Machine:
         gram_ns=table("gram"),
         ranks=RANKS,
         delta_slowdown=tuple(rising),
-        module_us=least,
-        element_ns=least,
+        module_us=_LEAST,
+        element_ns=_LEAST,
         logit_ns=ns["loss"],
-        dense_module_us=least,
-        factored_module_us=least,
+        dense_module_us=_LEAST,
+        factored_module_us=_LEAST,
     )
-    # What is left of the decoders' times without their products: m for each module, e for each
-    # token and element.
-    narrow, wide = (_decoder_workload(name, dtype) for name in _DECODERS)
+    speeds = dataclasses.replace(speeds, **_besides_products(ns, speeds))
+    narrow = _decoder_workload("narrow", dtype)
+    own = {}
+    for engine, predict in (("dense", cost.dense_ms), ("factored", cost.factored_ms)):
+        left = 1e-3 * ns["adapt", engine] - 1e3 * predict(narrow, speeds)
+        own[f"{engine}_module_us"] = max(_LEAST, left / narrow.adapted_modules)
+    return dataclasses.replace(speeds, **own)
+
+
+def _besides_products(ns: dict[Any, float], speeds: Machine) -> dict[str, float]:
+    """Solve the two decoders' times for what a module, and a token and element, takes."""
     rest, units = [], []
-    for name, whole in zip(_DECODERS, (narrow, wide), strict=True):
-        blocks = tuple(x for x in whole.layers if _VOCABULARY not in (x.out, x.in_))
-        work = dataclasses.replace(whole, layers=blocks, vocabulary=0)
-        rest.append(ns["decoder", name] - 1e6 * policy.frozen_ms(work, speeds))
+    for name in _DECODERS:
+        work = _without_vocabulary(_decoder_workload(name, speeds.dtype))
+        rest.append(ns["decoder", name] - 1e6 * cost.frozen_ms(work, speeds))
         units.append((work.modules, work.tokens * work.width))
     (m0, e0), (m1, e1) = units
-    element_ns = max(least, (rest[1] * m0 - rest[0] * m1) / (e1 * m0 - e0 * m1))
-    module_us = max(least, 1e-3 * (rest[0] - element_ns * e0) / m0)
-    speeds = dataclasses.replace(speeds, element_ns=element_ns, module_us=module_us)
-    own = {}
-    for engine, predict in (("dense", policy.dense_ms), ("factored", policy.factored_ms)):
-        left = 1e-3 * ns["adapt", engine] - 1e3 * predict(narrow, speeds)
-        own[f"{engine}_module_us"] = max(least, left / narrow.adapted_modules)
-    return dataclasses.replace(speeds, **own)
+    element_ns = max(_LEAST, (rest[1] * m0 - rest[0] * m1) / (e1 * m0 - e0 * m1))
+    module_us = max(_LEAST, 1e-3 * (rest[0] - element_ns * e0) / m0)
+    return {"element_ns": element_ns, "module_us": module_us}
+
+
+def _without_vocabulary(work: Workload) -> Workload:
+    """The blocks alone, as the decoders' cases run them."""
+    blocks = tuple(x for x in work.layers if _VOCABULARY not in (x.out, x.in_))
+    return dataclasses.replace(work, layers=blocks, vocabulary=0)
 
 
 def _decoder_workload(name: str, dtype: str) -> Workload:

@@ -10,14 +10,11 @@ import argparse
 import ctypes
 import gc
 import hashlib
-import inspect
 import json
-import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,19 +24,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, doctor
-from ttt_fast.audit import DEFAULT_LRS, MODES, audit
-from ttt_fast.batch import complete_batch, pad_rows
-from ttt_fast.comparison import Run, page, plot, ratios
+from ttt_fast.arguments import build_parser, settings
+from ttt_fast.audit import audit
+from ttt_fast.batch import complete_batch
+from ttt_fast.comparison import Run, page, page_of_several, plot, ratios
 from ttt_fast.demo import DEFAULT_PROMPT, load_demo_model
 from ttt_fast.naive import naive_adapt, prompt_loss
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What a command line cannot express; the library takes it.
-_NOT_OPTIONS = ("param_groups",)
-# What an audit varies by itself, or (snapshot) needs one value of.
-_AUDITED = ("lr", "engine", "accumulate", "rounding", "snapshot")
-_MODEL_HELP = 'folder, hub name, or "demo" for SmolLM2-135M-Instruct'
-_JSON_HELP = "print one JSON object and nothing else"
 # What Hugging Face raises for a name, a folder or files that it can do nothing with.
 _NOT_A_MODEL = (OSError, ValueError, ModuleNotFoundError)
 
@@ -50,9 +41,10 @@ class CommandError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
+    command = {"adapt": _adapt, "audit": _audit, "doctor": _doctor}[args.command]
     try:
-        return args.run(args)
+        return command(args)
     except CommandError as error:
         print(f"ttt-fast: {error}", file=sys.stderr)
         return 2
@@ -63,145 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-# ---------------------------------------------------------------------------- arguments
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option on one line, without the usage, which is long here."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="ttt-fast", description="Adapt a language model to a prompt and have its weights back."
-    )
-    commands = parser.add_subparsers(required=True, metavar="adapt|audit|doctor")
-    adapt = commands.add_parser("adapt", help="adapt a model to a prompt and let it continue")
-    adapt.set_defaults(run=_adapt)
-    adapt.add_argument("model", help=_MODEL_HELP)
-    adapt.add_argument(
-        "prompt", nargs="?", help='text, or "-" for stdin; with "demo" there is a default'
-    )
-    adapt.add_argument(
-        "--prompt",
-        action="append",
-        dest="prompts",
-        metavar="TEXT",
-        help="the same; given several times, each prompt adapts on its own",
-    )
-    adapt.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
-    adapt.add_argument(
-        "--prompt-lines", type=Path, metavar="FILE", help="one prompt a line, each on its own"
-    )
-    adapt.add_argument("--max-new-tokens", type=int, default=40, help="of the answers (default 40)")
-    adapt.add_argument("--compare", action="store_true", help="run the naive torch loop, too")
-    adapt.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses into this file")
-    _add_run_options(adapt)
-    _add_common_options(adapt)
-    audit = commands.add_parser(
-        "audit", help="how much of an update reaches the weights, by learning rate and rounding"
-    )
-    audit.set_defaults(run=_audit, prompts=None, prompt_lines=None)
-    audit.add_argument("model", help=_MODEL_HELP)
-    audit.add_argument("--prompt", help='text, or "-" for stdin; with "demo" there is a default')
-    audit.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
-    audit.add_argument(
-        "--lr",
-        type=float,
-        nargs="+",
-        dest="lrs",
-        default=DEFAULT_LRS,
-        help=f"learning rates (default {' '.join(f'{lr:g}' for lr in DEFAULT_LRS)})",
-    )
-    audit.add_argument(
-        "--modes", nargs="+", choices=MODES, help="default all that make a difference"
-    )
-    audit.add_argument("--plot", type=Path, metavar="PNG", help="draw the table into this file")
-    _add_run_options(audit)
-    _add_common_options(audit, dtype="bfloat16", without=_AUDITED, steps=10)
-    check = commands.add_parser(
-        "doctor", help="versions, backends, and the memory that a run would need"
-    )
-    check.set_defaults(run=_doctor)
-    check.add_argument("model", nargs="?", help="estimate the memory for this model (config only)")
-    check.add_argument("--tokens", type=int, default=256, help="prompt length (default 256)")
-    check.add_argument("--deltas", type=int, default=1, help="prompts adapted at once (default 1)")
-    check.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="measure this machine's speeds once (about 30 s) and keep them for engine=auto",
-    )
-    check.add_argument("--json", action="store_true", help=_JSON_HELP)
-    _add_common_options(check)
-    return parser
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    parser.add_argument("--json", action="store_true", help=_JSON_HELP)
-    parser.add_argument("--device", default=None, help="default cuda if there is one, else cpu")
-
-
-def _add_common_options(
-    parser: argparse.ArgumentParser,
-    dtype: str = "auto",
-    without: Sequence[str] = (),
-    **defaults: Any,
-) -> None:
-    """The dtype, and every setting of TTTConfig but those of ``without``."""
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default=dtype, help=f"of the weights (default {dtype})"
-    )
-    group = parser.add_argument_group("hyper-parameters")
-    words = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(TTTConfig) or "", re.M))
-    for option in fields(TTTConfig):
-        if option.name in (*_NOT_OPTIONS, *without) or option.default is MISSING:
-            continue
-        text = re.sub(r":\w+:|`", "", words.get(option.name, "")).rstrip(".")
-        default = defaults.get(option.name, option.default)
-        text = f"{text} (default {default})".replace("%", "%%")
-        group.add_argument(
-            "--" + option.name.replace("_", "-"),
-            dest=option.name,
-            default=argparse.SUPPRESS,
-            help=text,
-            **_argument_type(option),
-        )
-
-
-def _argument_type(option: Field[Any]) -> dict[str, Any]:
-    """How argparse reads an option, from its default value and its annotation."""
-    default = option.default
-    if isinstance(default, bool):
-        return {"action": argparse.BooleanOptionalAction}
-    if isinstance(default, tuple):
-        return {"type": float, "nargs": len(default), "metavar": option.name.rstrip("s").upper()}
-    kinds = {"float | None": _or_none(float), "int | None": _or_none(int)}
-    return {"type": kinds.get(str(option.type), str if default is None else type(default))}
-
-
-def _or_none(kind: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    read.__name__ = f"{kind.__name__} or none"  # argparse: "invalid float or none value"
-    return read
-
-
 def _config(args: argparse.Namespace) -> TTTConfig:
     with _bad_input(ValueError, TypeError):
-        return TTTConfig(**_settings(args))
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of TTTConfig that were given."""
-    names = [option.name for option in fields(TTTConfig)]
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    if "betas" in options:
-        options["betas"] = tuple(options["betas"])
-    return options
+        return TTTConfig(**settings(args))
 
 
 @contextmanager
@@ -222,13 +78,19 @@ def _adapt(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1.")
+    several = len(prompts) > 1
+    if several and (args.compare or args.plot is not None):
+        option = "--compare" if args.compare else "--plot"
+        raise CommandError(f"{option}: takes one prompt, got {len(prompts)}. Leave it out.")
     if args.plot is not None:
         _check_plot(args.plot)
-    if len(prompts) > 1:
-        return _adapt_several(args, config, prompts)
     with redirect_stdout(sys.stderr):  # libraries may print
-        result = _adapt_and_compare(args, config, prompts[0])
-    print(json.dumps(result, indent=2) if args.json else f"{page(result)}\n{result['engine']}")
+        if several:
+            result = _adapt_independently(args, config, prompts)
+        else:
+            result = _adapt_and_compare(args, config, prompts[0])
+    show = page_of_several if several else page
+    print(json.dumps(result, indent=2) if args.json else show(result))
     if args.plot is not None:
         plot(result, args.plot)
         print(f"loss plot: {args.plot}", file=sys.stderr if args.json else sys.stdout)
@@ -256,19 +118,7 @@ def _adapt_and_compare(args: argparse.Namespace, config: TTTConfig, prompt: str)
         loss_before = float(prompt_loss(model, **inputs, reduction=config.reduction))
     runs = {}
     if naive_options is not None:
-        _return_free_memory()
-        with _progress("naive loop", config.steps) as on_step:
-            result = naive_adapt(model, ids, on_step=on_step, **naive_options)
-        with torch.no_grad():
-            after = float(prompt_loss(model, **inputs, reduction=config.reduction))
-            with result.phases("generate"):
-                text = answer(model.generate, **inputs)
-        result.restore()
-        runs["naive"] = Run(
-            result.losses.tolist(), result.grad_norms.tolist(), after, text,
-            result.phases.ms, result.phases.peak_bytes,
-        )  # fmt: skip
-        del result
+        runs["naive"] = _run_naive(model, inputs, naive_options, answer)
     _return_free_memory()
     with _bad_input(ValueError, TypeError), _progress("ttt_fast", config.steps) as on_step:
         adapted = trainer.adapt(
@@ -298,15 +148,25 @@ def _adapt_and_compare(args: argparse.Namespace, config: TTTConfig, prompt: str)
     }
 
 
-def _adapt_several(args: argparse.Namespace, config: TTTConfig, prompts: Sequence[str]) -> int:
-    """Each prompt adapts on its own; one answer for each."""
-    if args.compare or args.plot is not None:
-        option = "--compare" if args.compare else "--plot"
-        raise CommandError(f"{option}: takes one prompt, got {len(prompts)}. Leave it out.")
-    with redirect_stdout(sys.stderr):
-        result = _adapt_independently(args, config, prompts)
-    print(json.dumps(result, indent=2) if args.json else _page_of_several(result))
-    return 0 if result["weights"]["bitwise_equal"] else 1
+def _run_naive(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    options: dict[str, Any],
+    answer: Callable[..., str],
+) -> Run:
+    """The naive loop on the same prompt; the model has its weights back afterwards."""
+    _return_free_memory()
+    with _progress("naive loop", options["steps"]) as on_step:
+        result = naive_adapt(model, inputs["input_ids"], on_step=on_step, **options)
+    with torch.no_grad():
+        after = float(prompt_loss(model, **inputs, reduction=options["reduction"]))
+        with result.phases("generate"):
+            text = answer(model.generate, **inputs)
+    result.restore()
+    return Run(
+        result.losses.tolist(), result.grad_norms.tolist(), after, text,
+        result.phases.ms, result.phases.peak_bytes,
+    )  # fmt: skip
 
 
 def _adapt_independently(
@@ -322,7 +182,7 @@ def _adapt_independently(
     with adapted:
         after = adapted.loss().tolist()
         answers = adapted.generate(max_new_tokens=args.max_new_tokens, do_sample=False)
-    width = pad_rows(rows, 0)[0].shape[1]  # prompts end side by side, so all answers begin here
+    width = max(row.numel() for row in rows)  # prompts end side by side: all answers begin here
     hash_after = parameter_hash(model)
     return {
         **_facts(args, model, trainer),
@@ -343,38 +203,6 @@ def _adapt_independently(
         "peak_bytes": adapted.peak_bytes,
         "weights": _weights(hash_before, hash_after),
     }
-
-
-def _page_of_several(result: dict[str, Any]) -> str:
-    """The result for people: a block for each prompt."""
-    lines = [
-        f"{result['model']}, {result['dtype']} on {result['device']}, {result['threads']} threads; "
-        f"{len(result['prompts'])} prompts, {result['config']['steps']} steps each",
-        result["engine"],
-    ]
-    for n, one in enumerate(result["prompts"], 1):
-        losses = [*one["losses"][:1], one["loss_after"]]  # 0 steps: only the last
-        lines += [
-            "",
-            f"prompt {n:<4} {_one_line(one['prompt'])}",
-            f"answer      {_one_line(one['answer'])}",
-            f"loss        {' -> '.join(f'{loss:.4f}' for loss in losses)}, update landed "
-            f"{one['update_landed']:.4f}",
-        ]
-    times = ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in result["ms"].items())
-    equal = result["weights"]["bitwise_equal"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            times,
-            "the weights are back, bitwise equal" if equal else "THE WEIGHTS DIFFER",
-        ]
-    )
-
-
-def _one_line(text: str) -> str:
-    return textwrap.shorten(text, 300, placeholder=" …")
 
 
 def _facts(args: argparse.Namespace, model: Any, trainer: TTTTrainer) -> dict[str, Any]:
@@ -531,7 +359,7 @@ def _audit(args: argparse.Namespace) -> int:
                 lrs=args.lrs,
                 modes=args.modes,
                 progress=True,
-                **({"steps": 10} | _settings(args)),
+                **settings(args),
             )
     report.conditions["model"] = args.model
     print(report.to_json() if args.json else report.page())

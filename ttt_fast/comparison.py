@@ -1,4 +1,4 @@
-"""What ``ttt-fast adapt`` shows: one run, or ours beside the naive loop's."""
+"""What ``ttt-fast adapt`` shows: a run, alone or beside the naive loop's, or several prompts."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ def page(result: dict[str, Any]) -> str:
     ours, naive, ratio = result["ours"], result.get("naive"), result["ratio"]
     config, weights = result["config"], result["weights"]
     lines = [
-        f"{result['model']}, {result['dtype']} on {result['device']}, {result['threads']} threads; "
-        f"{result['prompt_tokens']} tokens",
+        f"{_where(result)}; {result['prompt_tokens']} tokens",
         f"{config['steps']} steps of {config['optimizer']} at lr {config['lr']:g} on "
         f"{result['selected_parameters'] / 1e6:.1f} M parameters (scope {config['scope']})",
         "",
@@ -77,9 +76,36 @@ def page(result: dict[str, Any]) -> str:
     lines += ["", *_table(ours, naive, ratio), ""]
     lines.append(f"sha256 of all parameters before {weights['before']}")
     lines.append(f"                          after {weights['after']}")
-    equal = weights["bitwise_equal"]
-    lines.append("the weights are back, bitwise equal" if equal else "THE WEIGHTS DIFFER")
-    return "\n".join(lines)
+    return "\n".join([*lines, _verdict(result), result["engine"]])
+
+
+def page_of_several(result: dict[str, Any]) -> str:
+    """The result of several prompts for people: a block for each."""
+    lines = [
+        f"{_where(result)}; {len(result['prompts'])} prompts,"
+        f" {result['config']['steps']} steps each",
+        result["engine"],
+    ]
+    for n, one in enumerate(result["prompts"], 1):
+        losses = [*one["losses"][:1], one["loss_after"]]  # 0 steps: only the last
+        lines += [
+            "",
+            f"prompt {n:<4} {_short(one['prompt'])}",
+            f"answer      {_short(one['answer'])}",
+            f"loss        {' -> '.join(f'{loss:.4f}' for loss in losses)}, update landed "
+            f"{one['update_landed']:.4f}",
+        ]
+    times = ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in result["ms"].items())
+    return "\n".join([*lines, "", times, _verdict(result)])
+
+
+def _where(result: dict[str, Any]) -> str:
+    return "{model}, {dtype} on {device}, {threads} threads".format_map(result)
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    equal = result["weights"]["bitwise_equal"]
+    return "the weights are back, bitwise equal" if equal else "THE WEIGHTS DIFFER"
 
 
 def _table(

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ttt_fast import Selection, TTTConfig, __version__, calibration, select_parameters
 from ttt_fast.backend import available_backends
 from ttt_fast.demo import demo_model_folder
-from ttt_fast.engines import policy
+from ttt_fast.engines import cost, policy
 from ttt_fast.naive import prompt_loss
 
 
@@ -117,7 +117,7 @@ def _plan(
     with FakeTensorMode():
         model = _weightless_model(name, dtype)
         selections = select_parameters(model, config.scope, config.layers)
-        limit = getattr(config, "memory_budget", None) or policy.free_bytes(device)
+        limit = config.memory_budget or policy.free_bytes(device)
         work = policy.workload(model, selections, config, deltas, tokens, limit)
         activation_bytes = _saved_bytes(model, selections, tokens)
     speeds = calibration.machine(model.dtype, device)
@@ -125,9 +125,9 @@ def _plan(
     rows = 1
     if choice.engine == "factored":
         rows = choice.deltas_at_once
-        needs = {"factors": policy.factored_bytes(work)["factors"]}
+        needs = {"factors": cost.factored_bytes(work)["factors"]}
     else:
-        needs = policy.dense_bytes(work)
+        needs = cost.dense_bytes(work)
     needs["activations"] = None if activation_bytes is None else rows * activation_bytes
     needs.pop("logits", None)  # the loss saves them, so they are among the activations
     report = {
@@ -232,9 +232,8 @@ def _saved_bytes(model: nn.Module, selections: Sequence[Selection], tokens: int)
     model.requires_grad_(False)
     for selection in selections:
         selection.param.requires_grad_(True)
-    saved: dict[
-        int, Tensor
-    ] = {}  # holding the tensor keeps its storage's address from being reused
+    # Holding the tensor keeps its storage's address from being reused.
+    saved: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ttt_fast import adaptation_file
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.engines import deltas
-from ttt_fast.engines.deltas import Trajectory
-from ttt_fast.engines.factors import MatrixFactors, Track
+from ttt_fast.engines.factors import MatrixFactors
+from ttt_fast.engines.inner_products import InnerProducts
 from ttt_fast.lora import LoraAdapter, lora_adapter
 from ttt_fast.objective import Objective, negative_log_likelihood
 from ttt_fast.profiling import Phases
@@ -51,45 +51,17 @@ class FactoredAdaptation(Adaptation):
         super().__init__(**fields)
         # Entry k of a delta: the steps of the session that were over after its own first k.
         self._ends = [[0, *each] for each in ends]
-        for track in self._engine.tracks:
-            if not isinstance(track.coefficients, Trajectory):
-                track.coefficients = Trajectory.of(track.coefficients)
+        # Numbers of the steps of the session in which each delta took part, from 0.
+        session_steps = [torch.tensor(each, dtype=torch.int64) - 1 for each in ends]
+        self._products = InnerProducts(
+            self._engine.tracks, [each.to(self._engine.device) for each in session_steps]
+        )
         self._attached = True
         self._shown = slice(0, self.n_deltas)
         self._base: adaptation_file.Fingerprint = {}
         self._unmerge: Snapshot | None = None
-        self._products: list[list[Tensor]] | None = None
-        self._with_base: list[list[tuple[Tensor, Tensor]]] | None = None
         self._line = self._describe()
         self._go_to(self.steps.tolist())
-
-    @classmethod
-    def _read(
-        cls, path: str | os.PathLike[str], model: nn.Module, objective: Objective | None, tok: Any
-    ) -> FactoredAdaptation:
-        require_free(model)
-        with uninterrupted():
-            hold(model, f"the adaptation of {os.fspath(path)}, which is being loaded")
-            try:
-                engine, results, prompt = adaptation_file.read(path, model)
-                steps, reduction = results["steps"], engine.config.reduction
-                adapted = cls(
-                    model=model,
-                    config=engine.config,
-                    engine=engine,
-                    objective=objective or partial(negative_log_likelihood, reduction=reduction),
-                    phases=Phases(engine.device),
-                    losses=[row[:n] for row, n in zip(results["losses"], steps, strict=True)],
-                    grad_norms=[r[:n] for r, n in zip(results["grad_norms"], steps, strict=True)],
-                    ends=results["ends"],
-                )
-            except BaseException:
-                release(model)
-                raise
-            hold(model, adapted)
-            adapted.prompt, adapted.tokenizer = prompt, tok
-            adapted._go_to(results["at_step"])
-        return adapted
 
     # ------------------------------------------------------------------ earlier steps
 
@@ -282,13 +254,16 @@ class FactoredAdaptation(Adaptation):
         """
         delta = self._one_delta("state_dict", delta)
         self._require_base("state_dict")
+        by_param = {id(factors.selection.param): factors for factors in self._engine.factors}
         adapted: dict[int, Tensor] = {}
-        for factors in self._engine.factors:
-            param = factors.selection.param
-            adapted[id(param)] = param.detach().clone()
-            deltas.adapt_(adapted[id(param)], factors, delta)
-        state = self.model.state_dict(keep_vars=True)
-        return {name: adapted.get(id(v), v).detach().clone() for name, v in state.items()}
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            # A tied weight is computed once.
+            state[name] = adapted.get(id(tensor), tensor).detach().clone()
+            if id(tensor) in by_param and id(tensor) not in adapted:
+                deltas.adapt_(state[name], by_param[id(tensor)], delta)
+                adapted[id(tensor)] = state[name]
+        return state
 
     @torch.no_grad()
     def _merge(self, delta: int, rounding: str, seed: int, copy: bool, snapshot: bool) -> nn.Module:
@@ -307,8 +282,11 @@ class FactoredAdaptation(Adaptation):
             try:
                 self._write(delta, rounding, seed, {})
             except BaseException:
-                if kept is not None:
-                    kept.restore()
+                if kept is None:
+                    # Some weights are adapted and some are not: no delta belongs to these.
+                    self._finish("merged in part")
+                    raise
+                kept.restore()
                 self._engine.attach()
                 self._show()
                 raise
@@ -369,7 +347,7 @@ class FactoredAdaptation(Adaptation):
         self._engine.in_use = False
         self._attached = False
         # What it held may be large, and the adaptation be kept for its losses.
-        self._engine = self._unmerge = self._products = self._with_base = None
+        self._engine = self._unmerge = self._products = None
 
     # ------------------------------------------------------------------ files
 
@@ -443,18 +421,9 @@ class FactoredAdaptation(Adaptation):
             RuntimeError: the adaptation is over, or the model has other weights by now.
         """
         self._require_not_over()
-        squares = torch.zeros(self.n_deltas, dtype=torch.float64)
-        for i, track in enumerate(self._engine.tracks):
-            for delta in range(self.n_deltas):
-                beta = track.coefficients.beta[delta][self._session_steps(delta)]
-                square = beta @ self._gradient_products()[i][delta] @ beta
-                # ‖(ρ − 1)·W₀ − Σ β_s G_s‖²
-                drop = track.coefficients.rho[delta] - 1.0
-                if track.decays and drop != 0:
-                    inner, base = self._base_products()[i][delta]
-                    square = square + drop * (drop * base - 2 * (beta @ inner))
-                squares[delta] += square.cpu()
-        return squares.clamp_(min=0).sqrt_()
+        if self._products.need_base:
+            self._require_base("delta_norm")
+        return self._products.delta_norm()
 
     def grad_cosine(self, s: int, t: int) -> Tensor:
         """Cosine between the gradients of two steps of each delta, before clipping: (D,) float64.
@@ -479,51 +448,8 @@ class FactoredAdaptation(Adaptation):
         for delta, n_steps in enumerate(self.steps.tolist()):
             i, j = (step + n_steps if step < 0 else step for step in (s, t))
             if 0 <= min(i, j) and max(i, j) < n_steps:
-                total = sum(products[delta] for products in self._gradient_products())
-                cosines[delta] = total[i, j] / (total[i, i] * total[j, j]).sqrt()
+                cosines[delta] = self._products.cosine(delta, i, j)
         return cosines
-
-    def _gradient_products(self) -> list[list[Tensor]]:
-        """⟨G_s, G_t⟩ summed over the parameters of each track, for each delta: (K, K)."""
-        if self._products is None:
-            self._products = [
-                [
-                    sum(
-                        deltas.gradient_products(factors, delta, self._session_steps(delta))
-                        for factors in self._factors_of(track)
-                    )
-                    for delta in range(self.n_deltas)
-                ]
-                for track in self._engine.tracks
-            ]
-        return self._products
-
-    def _base_products(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """⟨W₀, G_s⟩, (K,), and ‖W₀‖², summed and arranged likewise; zeros where nothing decays."""
-        if self._with_base is None:
-            self._require_base("delta_norm")
-            self._with_base = [
-                [self._base_products_of(track, delta) for delta in range(self.n_deltas)]
-                for track in self._engine.tracks
-            ]
-        return self._with_base
-
-    def _base_products_of(self, track: Track, delta: int) -> tuple[Tensor, Tensor]:
-        own = self._session_steps(delta)
-        inner = torch.zeros_like(own, dtype=torch.float64)
-        square = inner.new_zeros(())
-        for factors in self._factors_of(track) if track.decays else ():
-            products, base = deltas.base_products(factors, delta, own)
-            inner, square = inner + products, square + base
-        return inner, square
-
-    def _factors_of(self, track: Track) -> list[deltas.Factors]:
-        return [factors for factors in self._engine.factors if factors.track is track]
-
-    def _session_steps(self, delta: int) -> Tensor:
-        """Numbers of the steps of the session in which a delta took part, from 0."""
-        ends = self._ends[delta][1:]
-        return torch.tensor(ends, dtype=torch.int64, device=self._engine.device) - 1
 
     # ------------------------------------------------------------------ what happened
 
@@ -542,3 +468,35 @@ class FactoredAdaptation(Adaptation):
         state = self._over or ("attached" if self._attached else "detached")
         steps = self.steps.tolist()
         return f"<FactoredAdaptation of {self.n_deltas} delta(s), steps {steps}, {state}>"
+
+
+def read_adaptation(
+    path: str | os.PathLike[str], model: nn.Module, objective: Objective | None, tokenizer: Any
+) -> FactoredAdaptation:
+    """See :meth:`ttt_fast.adaptation.Adaptation.load`."""
+    require_free(model)
+    with uninterrupted():
+        hold(model, f"the adaptation of {os.fspath(path)}, which is being loaded")
+        engine = None
+        try:
+            engine, results, prompt = adaptation_file.read(path, model)
+            steps, reduction = results["steps"], engine.config.reduction
+            adapted = FactoredAdaptation(
+                model=model,
+                config=engine.config,
+                engine=engine,
+                objective=objective or partial(negative_log_likelihood, reduction=reduction),
+                phases=Phases(engine.device),
+                losses=[row[:n] for row, n in zip(results["losses"], steps, strict=True)],
+                grad_norms=[row[:n] for row, n in zip(results["grad_norms"], steps, strict=True)],
+                ends=results["ends"],
+            )
+            adapted.rewind(results["at_step"])
+        except BaseException:
+            if engine is not None:
+                engine.restore()
+            release(model)
+            raise
+        hold(model, adapted)
+        adapted.prompt, adapted.tokenizer = prompt, tokenizer
+    return adapted

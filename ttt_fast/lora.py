@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ttt_fast.engines import deltas
+from ttt_fast.engines.factored import owning_modules
 from ttt_fast.engines.factors import MatrixFactors, VectorFactors
 
 _PREFIX = "base_model.model."
@@ -63,18 +64,10 @@ def lora_adapter(
     by_param = {id(each.selection.param): each for each in factors}
     matrices = [each for each in factors if isinstance(each, MatrixFactors)]
     pairs = {id(m.selection.param): deltas.low_rank(m, delta, rank) for m in matrices}
-    r = max([a.shape[0] for _, a in pairs.values()], default=0)
-    r = max(r, 1)
+    r = max([1, *(a.shape[0] for _, a in pairs.values())])
     tensors: dict[str, Tensor] = {}
     targets, to_save, biases = [], [], {}
-    for name, module in model.named_modules():
-        own = {
-            attribute: by_param[id(param)]
-            for attribute, param in module.named_parameters(recurse=False)
-            if id(param) in by_param
-        }
-        if not own:
-            continue
+    for name, module, own in owning_modules(model, by_param):
         if isinstance(module, nn.Embedding):
             b, a = _padded(*pairs[id(module.weight)], r)
             tensors[f"{_PREFIX}{name}.lora_embedding_A"] = b.t()
@@ -125,9 +118,9 @@ def _check(
             " Use merge(copy=True), save(), or peft's own save_pretrained after merge()."
         )
     by_param = {id(each.selection.param): each for each in factors}
-    for name, module in model.named_modules():
+    for name, module, _ in owning_modules(model, by_param):
         own_forward = type(module).forward is not nn.Embedding.forward
-        if isinstance(module, nn.Embedding) and id(module.weight) in by_param and own_forward:
+        if isinstance(module, nn.Embedding) and own_forward:
             raise ValueError(
                 f"to_lora: {name} is a {type(module).__name__}, which scales or shifts around its"
                 " lookup; not every version of peft does so for an adapter. Leave it out of the"
@@ -165,15 +158,15 @@ def _add_biases(
     delta: int,
 ) -> None:
     """Changes of biases go with lora_B, which then has one in every linear that is a target."""
-    modules = dict(model.named_modules())
     for name in targets:
-        if isinstance(modules[name], nn.Embedding):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
             raise ValueError(
                 f"to_lora: the biases of linears and the embedding {name} have both adapted, and"
                 " peft's lora_bias=True does not take embeddings. Leave one of them out of the"
                 " scope, or use merge(copy=True) or save()."
             )
-        n_out, _ = _sizes(modules[name])
+        n_out, _ = _sizes(module)
         like = tensors[f"{_PREFIX}{name}.lora_B.weight"]
         change = like.new_zeros(n_out)
         if name in biases:
@@ -184,7 +177,7 @@ def _add_biases(
 def _config(
     model: nn.Module, rank: int, targets: list[str], to_save: list[str], lora_bias: bool
 ) -> dict[str, Any]:
-    modules = dict(model.named_modules())
+    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -195,7 +188,7 @@ def _config(
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": lora_bias,
-        "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in targets),
+        "fan_in_fan_out": conv,
         "target_modules": targets,
         "modules_to_save": to_save or None,
     }

@@ -87,6 +87,7 @@ class Session:
         n_deltas: int,
         objective: Objective,
         keep_diverged: bool = False,
+        choice: Choice | None = None,
         **begin: Any,
     ) -> None:
         require_free(model)
@@ -96,7 +97,7 @@ class Session:
         self.n_deltas = n_deltas
         self.objective = objective
         self.keep_diverged = keep_diverged
-        self.choice: Choice | None = None
+        self.choice = choice
         param = engine.selections[0].param
         self.phases = Phases(param.device)
         self._dtype = compute_dtype(param.dtype)
@@ -308,9 +309,7 @@ def parts_of(
     batch: Batch, engine: Engine, config: TTTConfig
 ) -> list[tuple[tuple[int, ...], Batch]]:
     """The deltas of a complete batch that an engine takes through the model together, with rows."""
-    if engine.together:
-        return batch.by_row_count(config.max_batch_tokens)
-    return [((delta,), rows) for delta, rows in batch.by_delta()]
+    return batch.runs(config.max_batch_tokens if engine.together else 0)
 
 
 # ---------------------------------------------------------------------------- the model's state

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ttt_fast import ops
+from ttt_fast.placement import Placement, layout
 from ttt_fast.undo import UndoLog
 
 __all__ = ["Snapshot"]
@@ -70,14 +71,11 @@ class Snapshot:
             places = ", ".join(map(repr, PLACES))
             raise ValueError(f"Snapshot: where={where!r} is unknown; use one of {places}.")
         self.where, self.backend = where, backend
-        self._module = params if isinstance(params, nn.Module) else module
+        module = params if isinstance(params, nn.Module) else module
         entries = list(_entries(params))
         self.names = [name for name, _, _ in entries]
         self.views = [view for _, _, view in entries]
-        self._owners = [owner for _, owner, _ in entries]
-        self._layouts = [_layout(owner) for owner in self._owners]
-        owners = {id(owner) for owner in self._owners}
-        self._held = {n: t for n, t in _held_tensors(self._module).items() if id(t) in owners}
+        self._placement = Placement([(name, owner) for name, owner, _ in entries], module)
         # Buffers that are made under inference_mode cannot be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._reserve()
@@ -86,7 +84,7 @@ class Snapshot:
     def _reserve(self) -> None:
         """Decide what is copied and what is logged, and reserve memory for both."""
         first: dict[str, int] = {}
-        self._first = [first.setdefault(_layout(view), i) for i, view in enumerate(self.views)]
+        self._first = [first.setdefault(layout(view), i) for i, view in enumerate(self.views)]
         kept = list(first.values())
         logged: set[int] = set()
         if self.where == "undo":
@@ -231,30 +229,12 @@ class Snapshot:
 
     def _check(self, action: str) -> None:
         """Raise unless every entry is still the memory that it was."""
-        held = _held_tensors(self._module)
-        changes = [
-            (name, _layout(owner), "another tensor" if name in held else "gone")
-            for name, owner in self._held.items()
-            if held.get(name) is not owner
-        ]
-        for name, owner, was in zip(self.names, self._owners, self._layouts, strict=True):
-            if _layout(owner) != was:
-                changes.append((name, was, _layout(owner)))
-        if changes:
+        change = self._placement.change()
+        if change is not None:
             raise RuntimeError(
                 "Snapshot.{}: {} was {} and is {}: it was replaced, resized, moved or cast. "
-                "Nothing was written; bring it back or make a new Snapshot.".format(
-                    action, *changes[0]
-                )
+                "Nothing was written; bring it back or make a new Snapshot.".format(action, *change)
             )
-
-
-def _held_tensors(module: nn.Module | None) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones under each of their names."""
-    if module is None:
-        return {}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _entries(params: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -297,13 +277,6 @@ def _obstacle(tensor: Tensor) -> str | None:
     if tensor.numel() > 0 and tensor.data_ptr() == 0:
         return f"has no memory of its own ({type(tensor).__name__}); pass its local tensor"
     return None
-
-
-def _layout(tensor: Tensor) -> str:
-    """All that must not change between take and restore, in words."""
-    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-    place = f"strides {tensor.stride()}, {tensor.device}, address {tensor.data_ptr():#x}"
-    return f"{dtype} {shape} ({place})"
 
 
 def _flat_copies(views: Mapping[int, Tensor], host: bool) -> tuple[list[Tensor], dict[int, Tensor]]:

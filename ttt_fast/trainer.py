@@ -120,9 +120,9 @@ class TTTTrainer:
         engine = self._engine(choice.engine)
         if engine.together:
             options["capacity"] = n_tokens * self.config.steps
-        session = Session(self.model, engine, self.config, n_deltas, self.objective, **options)
-        session.choice = choice
-        return session
+        return Session(
+            self.model, engine, self.config, n_deltas, self.objective, choice=choice, **options
+        )
 
     def _engine(self, name: str) -> DenseEngine | FactoredEngine:
         """The engine of a name; made once, so that its buffers live from prompt to prompt."""

@@ -1,4 +1,4 @@
-"""From factors to numbers: adapted weights, norms, cosines. Nothing here runs the model.
+"""From factors to weights: adapted ones, and changes of low rank. Nothing here runs the model.
 
 A delta's weight after its steps is W = ρ·W₀ − Σ_s β_s G_s, with G_s = dY_sᵀ X_s where the weight is
 linear, and dE_t added to row x_t for each token t where it is an embedding; one that is both (tied)
@@ -9,19 +9,18 @@ weight's size is formed beside the one that is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ttt_fast import ops, reference
-from ttt_fast.engines.factors import Inputs, Lookups, MatrixFactors, VectorFactors
+from ttt_fast.engines.factors import MatrixFactors, Rows, VectorFactors
 from ttt_fast.reference import compute_dtype
 from ttt_fast.sgd import Coefficients
 
 Factors = MatrixFactors | VectorFactors
 
-# Rows of tokens whose products with all others are held at a time, (rows, R) twice.
-_GRAM_ROWS = 512
 # Elements of a weight that are taken at a time.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -75,7 +74,7 @@ def linear_rows(matrix: MatrixFactors, delta: int) -> tuple[Tensor, Tensor, Tens
 
 def lookup_rows(matrix: MatrixFactors, delta: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (L,), dE (L, in) and the step (L,) of each row, of the lookups; views."""
-    lookups: Lookups | None = matrix.lookups
+    lookups = matrix.lookups
     if lookups is None:
         none = torch.empty(0, dtype=torch.int64, device=matrix.weight.device)
         return none, matrix.weight.new_empty(0, matrix.weight.shape[1]), none
@@ -91,22 +90,16 @@ def vector_rows(vector: VectorFactors, delta: int) -> tuple[Tensor, Tensor]:
     return vector.grads.first(span, count)[0], steps
 
 
-def inputs_of(factors: Sequence[Factors]) -> list[Inputs]:
-    """Every X of a list of factors, once."""
-    found = [f.inputs for f in factors if isinstance(f, MatrixFactors) and f.inputs is not None]
-    return list({id(inputs): inputs for inputs in found}.values())
-
-
 def rank(factors: Sequence[Factors], delta: int) -> int:
     """Most rows that a weight's delta has: no delta's rank is higher."""
-    lengths = [0]
-    for each in factors:
-        if isinstance(each, VectorFactors):
-            lengths.append(each.rows.lengths[delta])
-        else:
-            both = linear_rows(each, delta)[2], lookup_rows(each, delta)[2]
-            lengths.append(sum(steps.numel() for steps in both))
-    return max(lengths)
+    return max(sum(rows.lengths[delta] for rows in rows_of(each)) for each in factors)
+
+
+def rows_of(factors: Factors) -> list[Rows]:
+    """Which steps the rows belong to, of every use of a parameter."""
+    if isinstance(factors, VectorFactors):
+        return [factors.rows]
+    return [use.rows for use in (factors.inputs, factors.lookups) if use is not None]
 
 
 def _terms(factors: Factors, delta: int, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -250,7 +243,7 @@ def selected_outputs(matrix: MatrixFactors, tensor: Tensor) -> Tensor:
     rows = matrix.selection.rows
     if rows is None:
         return tensor
-    return tensor.unflatten(0, (-1, rows.period)).narrow(1, rows.start, rows.length)
+    return replace(rows, dim=0).view(tensor)
 
 
 @torch.no_grad()
@@ -276,87 +269,3 @@ def _changes(matrix: MatrixFactors, delta: int) -> Iterator[tuple[slice, Tensor]
         if rho != 1.0:
             change += decay[rows] * weight[rows].to(left.dtype)
         yield rows, change
-
-
-# ---------------------------------------------------------------------------- inner products
-
-
-@torch.no_grad()
-def gradient_products(factors: Factors, delta: int, own: Tensor) -> Tensor:
-    """⟨G_s, G_t⟩ of every two steps of a delta, (K, K) float64, from Grams:  Σ (dY dYᵀ)∘(X Xᵀ).
-
-    A tied weight adds Σ (dE dEᵀ)∘[x_i = x_j] and, between its uses, dY[i, x_j]·⟨X_i, dE_j⟩.
-
-    Args:
-        factors: of one parameter.
-        delta: which delta.
-        own: the K steps of the session in which the delta took part, ascending.
-    """
-    total = torch.zeros(own.numel(), own.numel(), dtype=torch.float64, device=own.device)
-    if isinstance(factors, VectorFactors):
-        grads, steps = vector_rows(factors, delta)
-        grads = grads.double()
-        return total.index_put_(_pairs(own, steps), grads @ grads.t(), accumulate=True)
-    wide = compute_dtype(factors.weight.dtype)
-    x, dy, steps = linear_rows(factors, delta)
-    ids, e, lookup_steps = lookup_rows(factors, delta)
-    x, dy, e = x.to(wide), dy.to(wide), e.to(wide)
-    for rows in _chunks(x.shape[0]):
-        _add_by_step(total, (x[rows] @ x.t()) * (dy[rows] @ dy.t()), own, steps[rows], steps)
-        if ids.numel():
-            cross = torch.zeros_like(total)
-            _add_by_step(
-                cross, (x[rows] @ e.t()) * dy[rows][:, ids], own, steps[rows], lookup_steps
-            )
-            total += cross + cross.t()
-    for rows in _chunks(ids.numel()):
-        same = ids[rows, None] == ids
-        _add_by_step(total, (e[rows] @ e.t()) * same, own, lookup_steps[rows], lookup_steps)
-    return total
-
-
-@torch.no_grad()
-def base_products(factors: Factors, delta: int, own: Tensor) -> tuple[Tensor, float]:
-    """⟨W₀, G_s⟩ of every step of a delta, (K,) float64, and ‖W₀‖² of the selected part.
-
-    Σ over tokens of (dY W₀)∘X and of dE∘W₀[x].
-    """
-    total = torch.zeros(own.numel(), dtype=torch.float64, device=own.device)
-    square = float(ops.grad_norm([factors.selection.view()]).double().square())
-    if isinstance(factors, VectorFactors):
-        grads, steps = vector_rows(factors, delta)
-        base = factors.selection.view(factors.base).flatten()
-        products = (grads * base).double().sum(1)
-        return total.index_add_(0, torch.searchsorted(own, steps), products), square
-    wide = compute_dtype(factors.weight.dtype)
-    x, dy, steps = linear_rows(factors, delta)
-    x, dy = x.to(wide), dy.to(wide)
-    weight = selected_outputs(factors, factors.weight)
-    weight = weight if weight.dim() == 3 else weight[None]
-    first = 0
-    for group in weight:
-        for block in group.split(max(1, _BLOCK_ELEMENTS // max(1, group.shape[1]))):
-            part = dy[:, first : first + block.shape[0]] @ block.to(wide)
-            products = (part * x).double().sum(1)
-            total.index_add_(0, torch.searchsorted(own, steps), products)
-            first += block.shape[0]
-    ids, e, steps = lookup_rows(factors, delta)
-    products = (e.to(wide) * factors.weight[ids].to(wide)).double().sum(1)
-    return total.index_add_(0, torch.searchsorted(own, steps), products), square
-
-
-def _chunks(n_rows: int) -> Iterator[slice]:
-    for first in range(0, n_rows, _GRAM_ROWS):
-        yield slice(first, first + _GRAM_ROWS)
-
-
-def _pairs(own: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    place = torch.searchsorted(own, steps)
-    return place[:, None].expand(-1, place.numel()), place.expand(place.numel(), -1)
-
-
-def _add_by_step(total: Tensor, pairs: Tensor, own: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Sum the products of pairs of tokens (m, R) into those of their steps, (K, K)."""
-    by_column = torch.zeros(pairs.shape[0], own.numel(), dtype=torch.float64, device=own.device)
-    by_column.index_add_(1, torch.searchsorted(own, columns), pairs.double())
-    total.index_add_(0, torch.searchsorted(own, rows), by_column)

@@ -88,6 +88,8 @@ class DenseEngine:
         self.snapshot: Snapshot | None = None
         self._scratch = Scratch()
         self._groups = group_of_each(model, self.selections, config)
+        # Once: settings are checked whenever they are made.
+        self._group_configs = {group: group_config(config, group) for group in set(self._groups)}
         self._states: list[_DeltaState] = []
         self._spare: list[_DeltaState] = []
         self.resident: int | None = None
@@ -267,7 +269,7 @@ class DenseEngine:
         return new(view.shape, dtype=dtype, device=view.device)
 
     def _uses_momentum(self) -> bool:
-        return any(group_config(self.config, g).momentum > 0 for g in set(self._groups))
+        return any(config.momentum > 0 for config in self._group_configs.values())
 
     def _norm(self, gradients: list[Gradient]) -> Tensor:
         """Global norm, on the first gradient's device; stock torch's bits for rounding="torch"."""
@@ -295,7 +297,7 @@ class DenseEngine:
         number: int,
     ) -> None:
         """One call of the fused update: same options, same step count, same device."""
-        config, state = group_config(self.config, group), self._states[delta]
+        config, state = self._group_configs[group], self._states[delta]
 
         def pick(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [block.of(tensors[block.index]) for block in blocks] if tensors else []

@@ -9,8 +9,9 @@ give the modules their ``forward`` back.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,7 @@ class FactoredEngine:
         self.config = config
         self.device = self.selections[0].param.device
         self.dtype = compute_dtype(self.selections[0].param.dtype)
-        self.desk = Desk(self.selections[0].param, config.backend)
-        self.desk.new_inputs = self._new_inputs
+        self.desk = Desk(self.selections[0].param, config.backend, self._new_inputs)
         reasons = unsupported(model, self.selections)
         if reasons:
             raise ValueError(
@@ -60,7 +60,7 @@ class FactoredEngine:
                 + ". Use engine='dense', or a scope that leaves it out."
             )
         self._groups = group_of_each(model, self.selections, config)
-        self.factors, self._sites = take_over(model, self.selections, self.desk)
+        self.factors, self._sites = take_over(model, self.selections, self.desk, config.backend)
         self._found = [_describe(selection.param) for selection in self.selections]
         self._inputs: list[Inputs] = []
         self._attached: list[nn.Module] = []
@@ -90,6 +90,10 @@ class FactoredEngine:
         self._group_configs = {
             group: [group_config(config, group) for config in self.configs] for group in groups
         }
+        limits = [config.max_grad_norm for config in self.configs]
+        self._limits = torch.tensor(
+            [torch.inf if limit is None else limit for limit in limits], dtype=torch.float64
+        ).to(self.device)
         tracks = {group: self._new_track(group) for group in groups}
         self.tracks = list(tracks.values())
         for inputs in self._inputs:
@@ -146,7 +150,7 @@ class FactoredEngine:
         """Let forwards use consecutive deltas; afterwards the ones that they used before."""
         outer = self.desk.layout
         try:
-            self.show(slice(deltas[0], deltas[-1] + 1), outer.at_step)
+            self.show(slice(deltas[0], deltas[-1] + 1))
             yield
         finally:
             self.desk.layout = outer
@@ -155,9 +159,9 @@ class FactoredEngine:
         """Share of the update that reached what the forward reads: 1 by definition."""
         return 1.0
 
-    def show(self, deltas: slice, at_step: int | None = None) -> None:
-        """Let forwards outside a step use these deltas, as they were after an earlier step."""
-        self.desk.layout = Layout(deltas, n_rows=deltas.stop - deltas.start, at_step=at_step)
+    def show(self, deltas: slice) -> None:
+        """Let forwards outside a step use these deltas, with the coefficients of now."""
+        self.desk.layout = Layout(deltas, n_rows=deltas.stop - deltas.start)
 
     @property
     def nbytes(self) -> int:
@@ -180,9 +184,7 @@ class FactoredEngine:
         span = slice(deltas[0], deltas[-1] + 1)
         n = len(deltas)
         N, T = rows.input_ids.shape
-        mask = None
-        if bool((rows.attention_mask == 0).any()):
-            mask = (rows.attention_mask != 0).reshape(n, -1, 1)
+        mask = (rows.attention_mask != 0).reshape(n, -1, 1) if rows.padded else None
         self.desk.layout = Layout(span, n_rows=N, step=self.steps, n_tokens=N * T // n, mask=mask)
         try:
             yield
@@ -215,18 +217,12 @@ class FactoredEngine:
                     " so a part of its gradient would be missing. Use engine='dense'."
                 )
         span = slice(deltas[0], deltas[-1] + 1)
-        squared = torch.zeros(len(deltas), dtype=self.dtype, device=self.device)
+        squared = torch.zeros(len(deltas), dtype=torch.float64, device=self.device)
         for factors in self.factors:
-            arrived = (
-                factors.close_forward(span)
-                if isinstance(factors, MatrixFactors)
-                else factors.close_forward(span, self.steps)
-            )
-            if arrived:
+            if factors.close_forward(span):
                 squared += factors.squared_norm(span).to(squared.device)
-                for delta in deltas:
-                    self._reached.setdefault(id(factors), set()).add(delta)
-        norms = squared.sqrt()
+                self._reached.setdefault(id(factors), set()).update(deltas)
+        norms = squared.sqrt().to(self.dtype)
         broken = ~torch.isfinite(norms) | (found_inf[span] != 0)
         if broken.device.type != "cpu" or bool(broken.any()):
             # Its coefficients will be 0, and 0 times NaN is not 0.
@@ -240,11 +236,7 @@ class FactoredEngine:
     @torch.no_grad()
     def finish_step(self, found_inf: Tensor) -> None:
         """Advance the coefficients of every delta that took part in the step."""
-        limits = [config.max_grad_norm for config in self.configs]
-        limit = torch.tensor(
-            [torch.inf if limit is None else limit for limit in limits], dtype=torch.float64
-        ).to(self.device)
-        clip = clip_coefficient(self._norms, limit)
+        clip = clip_coefficient(self._norms, self._limits)
         finite = found_inf == 0
         for track in list(self.tracks):
             parts: dict[frozenset[int], list[MatrixFactors | VectorFactors]] = {}
@@ -317,8 +309,8 @@ class FactoredEngine:
         self._stepping: set[int] = set()
         self._norms = torch.zeros(self.n_deltas, dtype=torch.float64, device=self.device)
 
-    def _new_inputs(self, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-        inputs = Inputs(width, dtype, device)
+    def _new_inputs(self, x: Tensor) -> Inputs:
+        inputs = Inputs(x.shape[-1], x.dtype, x.device)
         inputs.begin(self._root, self._capacity)
         self._inputs.append(inputs)
         return inputs
@@ -348,13 +340,26 @@ def _describe(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 # ---------------------------------------------------------------------------- what can be factored
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """Parameter's id -> the modules that own it: (module's name, module, attribute)."""
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for module_name, module in model.named_modules():
-        for attribute, param in module.named_parameters(recurse=False):
-            owners.setdefault(id(param), []).append((module_name, module, attribute))
-    return owners
+def owning_modules(
+    model: nn.Module, by_param: Mapping[int, Any]
+) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """Every module that owns some of the parameters, tied ones at each of their places.
+
+    Args:
+        model: the model.
+        by_param: parameter's id -> what to give for it.
+
+    Yields:
+        The module's name, the module, and attribute -> what ``by_param`` has for it.
+    """
+    for name, module in model.named_modules():
+        own = {
+            attribute: by_param[id(param)]
+            for attribute, param in module.named_parameters(recurse=False)
+            if id(param) in by_param
+        }
+        if own:
+            yield name, module, own
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -382,24 +387,22 @@ def _is_norm(module: nn.Module) -> bool:
 
 def unsupported(model: nn.Module, selections: Sequence[Selection]) -> list[str]:
     """Why parameters cannot be factored, a phrase each; empty if all can."""
-    owners = _owners(model)
     reasons = []
     if hasattr(model, "_orig_mod"):
         reasons.append("a model under torch.compile: its graph does not see the modules change")
-    for selection in selections:
-        for module_name, module, attribute in owners[id(selection.param)]:
-            reason = _reason(module, attribute, selection)
+    for name, module, own in owning_modules(model, {id(s.param): s for s in selections}):
+        for selection in own.values():
+            reason = _reason(module, selection)
             if reason is None and "forward" in vars(module):
                 reason = "its forward was replaced on the instance"
             if reason is not None:
                 reasons.append(
-                    f"{selection.name} of {module_name or 'the model'}"
-                    f" ({type(module).__name__}): {reason}"
+                    f"{selection.name} of {name or 'the model'} ({type(module).__name__}): {reason}"
                 )
     return reasons
 
 
-def _reason(module: nn.Module, attribute: str, selection: Selection) -> str | None:
+def _reason(module: nn.Module, selection: Selection) -> str | None:
     if selection.param.dim() > 2:
         return f"a {selection.param.dim()}-D tensor of experts has no factors for each token"
     if _is_linear(module) or _is_norm(module):
@@ -412,30 +415,27 @@ def _reason(module: nn.Module, attribute: str, selection: Selection) -> str | No
 
 
 def take_over(
-    model: nn.Module, selections: Sequence[Selection], desk: Desk
+    model: nn.Module, selections: Sequence[Selection], desk: Desk, backend: str
 ) -> tuple[list[MatrixFactors | VectorFactors], list[LinearSite | EmbeddingSite | NormSite]]:
     """Factors of each selection, and what stands in for the modules that own them."""
-    owners = _owners(model)
+    by_id = {id(selection.param): selection for selection in selections}
+    owners: dict[int, list[nn.Module]] = {param: [] for param in by_id}
+    for _, module, own in owning_modules(model, by_id):
+        for selection in own.values():
+            owners[id(selection.param)].append(module)
     by_param: dict[int, MatrixFactors | VectorFactors] = {}
-    for selection in selections:
+    for param, selection in by_id.items():
         if selection.param.dim() == 1:
-            by_param[id(selection.param)] = VectorFactors(selection)
+            by_param[param] = VectorFactors(selection)
         else:
-            modules = [module for _, module, _ in owners[id(selection.param)]]
-            by_param[id(selection.param)] = MatrixFactors(
+            by_param[param] = MatrixFactors(
                 selection,
-                transposed=any(isinstance(m, Conv1D) for m in modules),
-                embeds=any(_is_embedding(m) for m in modules),
+                transposed=any(isinstance(m, Conv1D) for m in owners[param]),
+                embeds=any(_is_embedding(m) for m in owners[param]),
+                backend=backend,
             )
     sites: list[LinearSite | EmbeddingSite | NormSite] = []
-    for name, module in model.named_modules():
-        own = {
-            attribute: by_param[id(param)]
-            for attribute, param in module.named_parameters(recurse=False)
-            if id(param) in by_param
-        }
-        if not own:
-            continue
+    for name, module, own in owning_modules(model, by_param):
         if _is_linear(module):
             sites.append(LinearSite(name, module, own.get("weight"), own.get("bias"), desk))
         elif _is_embedding(module):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ttt_fast import ops
+from ttt_fast.engines.products import ghost_norm
 from ttt_fast.reference import compute_dtype
 from ttt_fast.scope import RowSlice, Selection
 from ttt_fast.sgd import Coefficients
@@ -199,6 +200,11 @@ class Inputs:
         self._last = None
         self.calls = []
 
+    @property
+    def is_new(self) -> bool:
+        """Whether all there is so far is one write of the step in progress."""
+        return len(self.calls) == 1 and not any(self.rows.lengths)
+
     def is_last(self, x: Tensor) -> bool:
         """Whether x is the very tensor that was recorded last, unchanged."""
         return self._last is not None and self._last[0] is x and self._last[1] == x._version
@@ -265,11 +271,16 @@ class MatrixFactors:
         track: the coefficients.
     """
 
-    def __init__(self, selection: Selection, transposed: bool, embeds: bool) -> None:
+    def __init__(
+        self, selection: Selection, transposed: bool, embeds: bool, backend: str = "auto"
+    ) -> None:
         self.selection = selection
         self._transposed = transposed
         stored, rows = selection.param.detach(), selection.rows
         self.weight = stored.t() if transposed else stored
+        # Without the checks of the public op: it runs for every weight of every step.
+        backend = ops.backend_for("gram_norm", backend)
+        self._gram_norm = ops.implementation("gram_norm", stored.device.type, backend)
         n_out, n_in = self.weight.shape
         if rows is not None:
             n_out = n_out // rows.period * rows.length
@@ -326,29 +337,16 @@ class MatrixFactors:
         return bool(self._arrived) or (lookups is not None and lookups.arrived)
 
     def squared_norm(self, deltas: slice) -> Tensor:
-        """‖G‖² of each delta for the step in progress, (n,), without forming G.
-
-        Σ (dY dYᵀ)∘(X Xᵀ) + Σ (dE dEᵀ)∘[x_i = x_j] + 2 Σ_{s,t} dY[s, x_t]·⟨X_s, dE_t⟩
-        """
-        total = torch.zeros((), dtype=compute_dtype(self.weight.dtype), device=self.weight.device)
-        x = dy = e = None
+        """‖G‖² of each delta for the step in progress, (n,) float64."""
+        pair = lookup = None
         if self.inputs is not None and self.inputs.calls:
             start, count = _new_rows(self.inputs.rows, self.inputs.pending, deltas)
-            x = self.inputs.buffer.at(deltas, start, count)
-            dy = self.dy.at(deltas, start, count)
-            total = total + ops.gram_norm(x, dy)
+            pair = self.inputs.buffer.at(deltas, start, count), self.dy.at(deltas, start, count)
         if self.lookups is not None:
             start, count = _new_rows(self.lookups.rows, self.lookups.pending, deltas)
-            e = self.lookups.dy.at(deltas, start, count).to(total.dtype)
             ids = self.lookups.ids.at(deltas, start, count)[:, :, 0]
-            same = ids[:, :, None] == ids[:, None, :]
-            total = total + (torch.bmm(e, e.transpose(1, 2)) * same).sum((1, 2))
-        if dy is not None and e is not None:
-            at_ids = dy.gather(2, ids[:, None, :].expand(-1, dy.shape[1], -1))
-            total = total + 2 * (torch.bmm(x.to(total.dtype), e.transpose(1, 2)) * at_ids).sum(
-                (1, 2)
-            )
-        return total
+            lookup = ids, self.lookups.dy.at(deltas, start, count)
+        return ghost_norm(pair, lookup, self._gram_norm)
 
     def blank(self, deltas: slice, where: Tensor) -> None:
         """Make the step's gradient 0 for the deltas of a slice for which ``where`` (n,) is true."""
@@ -398,17 +396,16 @@ class VectorFactors:
         self.base = self.selection.param.detach().to(self.base.dtype)
         self.open_forward()
 
-    def effective(self, rho: Tensor | None, beta: Tensor | None, deltas: slice) -> Tensor:
+    def effective(self, rho: Tensor | None, beta: Tensor, deltas: slice) -> Tensor:
         """ρ·w₀ − Σ β_s g_s for each delta of a slice, (n, size) in the compute type."""
         n = deltas.stop - deltas.start
         out = self.base.expand(n, -1).clone()
+        selected = _select(out, self.selection.rows)
         if rho is not None:
-            selected = _select(out, self.selection.rows)
             selected.mul_(rho.view(-1, *[1] * (selected.dim() - 1)))
-        if beta is not None:
+        if beta.shape[1]:
             steps = self.grads.first(deltas, beta.shape[1])
-            target = _select(out, self.selection.rows)
-            target.sub_(torch.bmm(beta[:, None], steps).view(target.shape))
+            selected.sub_(torch.bmm(beta[:, None], steps).view(selected.shape))
         return out
 
     # ------------------------------------------------------------------ one forward
@@ -417,26 +414,26 @@ class VectorFactors:
         """Be ready to record a forward and its backward."""
         self.current_leaf = None
 
-    def leaf(self, effective: Tensor) -> Tensor:
+    def leaf(self, effective: Tensor, step: int) -> Tensor:
         """The tensor (n, size) that stands for the parameter in the forward being recorded."""
         if self.current_leaf is None:
-            self.current_leaf = effective.requires_grad_()
+            self.current_leaf, self._step = effective.requires_grad_(), step
         return self.current_leaf
 
-    def close_forward(self, deltas: slice, step: int) -> bool:
+    def close_forward(self, deltas: slice) -> bool:
         """Keep the gradient that arrived; return whether one did."""
         grad = None if self.current_leaf is None else self.current_leaf.grad
         if grad is None:
             return False
         selected = _select(grad, self.selection.rows).flatten(1)
         self.grads.write(deltas, self.pending.start(deltas), selected[:, None])
-        self.pending = self.pending.append(step, deltas, 1)
+        self.pending = self.pending.append(self._step, deltas, 1)
         return True
 
     def squared_norm(self, deltas: slice) -> Tensor:
-        """‖g‖² of each delta for the step in progress, (n,)."""
+        """‖g‖² of each delta for the step in progress, (n,) float64."""
         start, count = _new_rows(self.rows, self.pending, deltas)
-        return self.grads.at(deltas, start, count).square().sum((1, 2))
+        return self.grads.at(deltas, start, count).square().sum((1, 2), dtype=torch.float64)
 
     def blank(self, deltas: slice, where: Tensor) -> None:
         """Make the step's gradient 0 for the deltas of a slice for which ``where`` (n,) is true."""

@@ -49,7 +49,6 @@ class Layout:
         step: number of the step that is recorded; None in a forward that is not.
         n_tokens: M, tokens of each delta in a recorded forward, padding included.
         mask: (n, M, 1) bool, false at padding; None where there is none.
-        at_step: use the coefficients of this earlier step; None for the newest.
     """
 
     deltas: slice
@@ -57,7 +56,6 @@ class Layout:
     step: int | None = None
     n_tokens: int = 0
     mask: Tensor | None = None
-    at_step: int | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -73,8 +71,9 @@ class Layout:
     def split(self, x: Tensor, name: str) -> Tensor:
         """Return x (..., width) as (n, tokens of each delta, width)."""
         tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        fits = tokens % self.n_tokens == 0 if self.recording else x.shape[0] % self.n == 0
-        if self.n > 1 and not (fits and tokens % self.n == 0 and tokens >= self.n_rows):
+        whole = self.n * self.n_tokens if self.recording else self.n
+        fits = self.recording or x.shape[0] % self.n == 0
+        if self.n > 1 and not (fits and tokens % whole == 0 and tokens >= self.n_rows):
             raise ValueError(
                 f"{name} was given an input of shape {tuple(x.shape)} in a batch of {self.n_rows}"
                 f" rows for {self.n} deltas, so which row belongs to which delta cannot be told."
@@ -96,30 +95,22 @@ class Layout:
             return None
         key = (id(track), "rho", dtype)
         if key not in self._cache:
-            rho = self._coefficients(track)[0]
+            rho = track.coefficients.rho
             self._cache[key] = rho[self.deltas].to(dtype).contiguous()
         return self._cache[key]
 
-    def beta(self, rows: Rows, track: Track, dtype: torch.dtype) -> Tensor | None:
-        """β of every row of a buffer, (n, longest); None where there are no rows."""
-        count = rows.longest(self.deltas)
-        if count == 0:
-            return None
+    def beta(self, rows: Rows, track: Track, dtype: torch.dtype) -> Tensor:
+        """β of every row of a buffer, (n, longest)."""
         key = (id(track), rows, dtype)
         if key not in self._cache:
-            beta = self._coefficients(track)[1]
+            count = rows.longest(self.deltas)
+            beta = track.coefficients.beta
             # One column more, of zeros, for what lies behind the rows of a shorter delta.
             columns = rows.columns(beta.device)[self.deltas, :count]
             columns = torch.where(columns < 0, beta.shape[1], columns)
             padded = F.pad(beta[self.deltas], (0, 1))
             self._cache[key] = padded.gather(1, columns).to(dtype)
         return self._cache[key]
-
-    def _coefficients(self, track: Track) -> tuple[Tensor, Tensor]:
-        coefficients = track.coefficients
-        if self.at_step is None:
-            return coefficients.rho, coefficients.beta
-        return coefficients.at(self.at_step)
 
 
 class Desk:
@@ -130,7 +121,7 @@ class Desk:
         anchor: an input of every recorded product, so that autograd comes by even where nothing in
             front of it needs a gradient.
         newest: the X that was recorded last; a module that is given the same tensor joins it.
-        new_inputs: makes room for another X.
+        new_inputs: makes room for an X like the tensor it is given.
         wide: the compute type; coefficients are in it.
         delta_linear: the op of that name.
     """
@@ -142,7 +133,7 @@ class Desk:
             " adapted.merge(copy=True) for a copy that has the adapted weights."
         )
 
-    def __init__(self, param: Tensor, backend: str) -> None:
+    def __init__(self, param: Tensor, backend: str, new_inputs: Callable[[Tensor], Inputs]) -> None:
         device = param.device
         self.wide = compute_dtype(param.dtype)
         # C++ has no float16; nothing else would be gained from it there.
@@ -154,7 +145,7 @@ class Desk:
         self.layout: Layout | None = None
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.newest: Inputs | None = None
-        self.new_inputs: Callable[[int, torch.dtype, torch.device], Inputs] | None = None
+        self.new_inputs = new_inputs
 
 
 def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -206,7 +197,6 @@ class LinearSite:
         desk: Desk,
     ) -> None:
         self.name, self.module, self.matrix, self.bias, self.desk = name, module, matrix, bias, desk
-        self.transposed = isinstance(module, Conv1D)
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's forward with the deltas of the layout."""
@@ -214,7 +204,7 @@ class LinearSite:
         bias = None if self.bias is None else _vector(self.bias, layout)
         if self.matrix is None:
             weight = self.module.weight.detach()
-            y = F.linear(x, weight.t() if self.transposed else weight)
+            y = F.linear(x, weight.t() if isinstance(self.module, Conv1D) else weight)
             shifted = layout.split(y, self.name) + bias[:, None]
             return shifted.to(y.dtype).view(y.shape)
         if layout.recording:
@@ -222,110 +212,82 @@ class LinearSite:
         y = self.product(layout.split(x, self.name), bias, layout)
         return y.view(*x.shape[:-1], -1)
 
-    def product(self, rows: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-        """The formula for x as (n, M, in); ``bias`` is (n, out), or None for the module's own."""
-        matrix, deltas = self.matrix, layout.deltas
-        wide, inputs, lookups = self.desk.wide, matrix.inputs, matrix.lookups
-        rho = layout.rho(matrix.track, wide)
-        beta = None if inputs is None else layout.beta(inputs.rows, matrix.track, wide)
-        y = self._linear(
-            rows,
-            matrix.weight,
-            None if beta is None else inputs.buffer.first(deltas, beta.shape[1]),
-            None if beta is None else matrix.dy.first(deltas, beta.shape[1]),
-            beta,
-            rho,
-        )
-        if lookups is not None:
-            beta = layout.beta(lookups.rows, matrix.track, wide)
-            if beta is not None:
-                e = lookups.dy.first(deltas, beta.shape[1])
-                scores = batched_product(rows, e.transpose(1, 2)).mul_(-beta[:, None])
-                ids = lookups.ids.first(deltas, beta.shape[1])
-                y.scatter_add_(2, ids.transpose(1, 2).expand_as(scores), scores)
+    def product(self, x: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+        """The formula for x (n, M, in); ``bias`` is (n, out), or None for the module's own."""
+        matrix = self.matrix
+        rho = layout.rho(matrix.track, self.desk.wide)
+        X, dY, beta = self._earlier(x, layout)
+        if matrix.selection.rows is None:
+            # Whoever takes a gradient through the adapted model needs operations of torch.
+            through = x.requires_grad and torch.is_grad_enabled()
+            op = reference.delta_linear if through else self.desk.delta_linear
+            y = op(x, matrix.weight, X, dY, beta, rho)
+        else:
+            y = F.linear(x, matrix.weight)
+            selected = matrix.select(y)
+            if rho is not None:
+                selected.mul_(rho[:, None, None, None])
+            add_product_(selected, _scores(x, X, beta), dY)
+        if matrix.lookups is not None:
+            e, ids, beta = self._earlier_lookups(layout)
+            scores = _scores(x, e, beta)
+            y.scatter_add_(2, ids.expand_as(scores), scores)
         if bias is not None:
             y.add_(bias[:, None])
         elif self.module.bias is not None:
             y.add_(self.module.bias)
         return y
 
-    def _linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        a: Tensor | None,
-        d: Tensor | None,
-        beta: Tensor | None,
-        rho: Tensor | None,
-    ) -> Tensor:
-        """ρ·x Wᵀ − ((x aᵀ)∘β) d on the selected outputs, x Wᵀ on the others."""
+    def input_gradient(self, dy: Tensor, layout: Layout) -> Tensor:
+        """The gradient at x (n, M, in) for dy (n, M, out): the formula, transposed."""
         matrix = self.matrix
-        if beta is None:
-            beta = x.new_empty(x.shape[0], 0, dtype=self.desk.wide)
-            a, d = x.new_empty(x.shape[0], 0, x.shape[2]), x.new_empty(x.shape[0], 0, len(weight))
+        rho = layout.rho(matrix.track, self.desk.wide)
+        X, dY, beta = self._earlier(dy, layout)
         if matrix.selection.rows is None:
-            # Whoever takes a gradient through the adapted model needs operations of torch.
-            through = x.requires_grad and torch.is_grad_enabled()
-            op = reference.delta_linear if through else self.desk.delta_linear
-            return op(x, weight, a, d, beta, rho)
-        y = F.linear(x, weight)
-        selected = matrix.select(y)
-        if rho is not None:
-            selected.mul_(rho[:, None, None, None])
-        if beta.shape[1]:
-            scores = batched_product(x, a.transpose(1, 2)).mul_(-beta[:, None])
-            add_product_(selected, scores, d)
-        return y
+            dx = self.desk.delta_linear(dy, matrix.weight.t(), dY, X, beta, rho)
+        else:
+            scores = _scores(matrix.select(dy).flatten(2), dY, beta)
+            if rho is not None:
+                dy = dy.clone()
+                matrix.select(dy).mul_(rho[:, None, None, None])
+            dx = dy.matmul(matrix.weight)
+            add_product_(dx, scores, X)
+        if matrix.lookups is not None:
+            e, ids, beta = self._earlier_lookups(layout)
+            scores = dy.gather(2, ids.expand(-1, dy.shape[1], -1)).mul_(-beta[:, None])
+            add_product_(dx, scores, e)
+        return dx
+
+    def _earlier(self, like: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """X, dY and β of all earlier steps: (n, R, in), (n, R, selected), (n, R)."""
+        matrix, deltas, wide = self.matrix, layout.deltas, self.desk.wide
+        if matrix.inputs is None:
+            # Used before the first step.
+            n_out, n_in = matrix.weight.shape
+            shapes = (layout.n, 0, n_in), (layout.n, 0, n_out)
+            X, dY = (like.new_empty(shape) for shape in shapes)
+            return X, dY, like.new_empty(layout.n, 0, dtype=wide)
+        beta = layout.beta(matrix.inputs.rows, matrix.track, wide)
+        R = beta.shape[1]
+        return matrix.inputs.buffer.first(deltas, R), matrix.dy.first(deltas, R), beta
+
+    def _earlier_lookups(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """DE, ids and β of all earlier steps: (n, R, in), (n, 1, R), (n, R)."""
+        lookups, deltas = self.matrix.lookups, layout.deltas
+        beta = layout.beta(lookups.rows, self.matrix.track, self.desk.wide)
+        R = beta.shape[1]
+        return lookups.dy.first(deltas, R), lookups.ids.first(deltas, R).transpose(1, 2), beta
 
     def record(self, x: Tensor, rows: Tensor, layout: Layout) -> int | tuple[int, ...]:
         """Write x into X, unless a module that was given the same tensor has."""
         matrix, desk = self.matrix, self.desk
         if matrix.inputs is None:
-            joined = desk.newest is not None and desk.newest.is_last(x)
-            matrix.inputs = (
-                desk.newest
-                if joined and len(desk.newest.calls) == 1 and not any(desk.newest.rows.lengths)
-                else desk.new_inputs(x.shape[-1], x.dtype, x.device)
-            )
+            newest = desk.newest
+            joins = newest is not None and newest.is_new and newest.is_last(x)
+            matrix.inputs = newest if joins else desk.new_inputs(x)
         desk.newest = matrix.inputs
         mask = layout.mask_for(rows.shape[1])
         return matrix.inputs.record(x, rows, layout.deltas, layout.step, mask)
-
-    def input_gradient(self, dy: Tensor, layout: Layout) -> Tensor:
-        """The gradient at x (n, M, in) for dy (n, M, out): the formula, transposed."""
-        matrix, deltas = self.matrix, layout.deltas
-        wide, inputs, lookups = self.desk.wide, matrix.inputs, matrix.lookups
-        rho = layout.rho(matrix.track, wide)
-        beta = layout.beta(inputs.rows, matrix.track, wide)
-        if matrix.selection.rows is None:
-            count = 0 if beta is None else beta.shape[1]
-            dx = self.desk.delta_linear(
-                dy,
-                matrix.weight.t(),
-                matrix.dy.first(deltas, count),
-                inputs.buffer.first(deltas, count),
-                dy.new_empty(layout.n, 0, dtype=wide) if beta is None else beta,
-                rho,
-            )
-        else:
-            selected = matrix.select(dy)
-            if beta is not None:
-                earlier = matrix.dy.first(deltas, beta.shape[1])
-                scores = batched_product(selected.flatten(2), earlier.transpose(1, 2))
-            if rho is not None:
-                dy = dy.clone()
-                matrix.select(dy).mul_(rho[:, None, None, None])
-            dx = dy.matmul(matrix.weight)
-            if beta is not None:
-                scores.mul_(-beta[:, None])
-                add_product_(dx, scores, inputs.buffer.first(deltas, beta.shape[1]))
-        if lookups is not None:
-            beta = layout.beta(lookups.rows, matrix.track, wide)
-            if beta is not None:
-                ids = lookups.ids.first(deltas, beta.shape[1]).transpose(1, 2)
-                scores = dy.gather(2, ids.expand(-1, dy.shape[1], -1)).mul_(-beta[:, None])
-                add_product_(dx, scores, lookups.dy.first(deltas, beta.shape[1]))
-        return dx
 
 
 class _Linear(torch.autograd.Function):
@@ -399,12 +361,12 @@ class EmbeddingSite:
         if rho is not None:
             y.mul_(rho[:, None, None])
         beta = layout.beta(lookups.rows, matrix.track, wide)
-        if beta is not None:
+        if beta.shape[1]:
             earlier = lookups.ids.first(deltas, beta.shape[1]).transpose(1, 2)
             scores = (ids[:, :, None] == earlier) * -beta[:, None]
             add_product_(y, scores, lookups.dy.first(deltas, beta.shape[1]).to(wide))
-        beta = None if inputs is None else layout.beta(inputs.rows, matrix.track, wide)
-        if beta is not None:
+        if inputs is not None and inputs.rows.longest(deltas):
+            beta = layout.beta(inputs.rows, matrix.track, wide)
             dy = matrix.dy.first(deltas, beta.shape[1])
             columns = dy.gather(2, ids[:, None].expand(-1, beta.shape[1], -1)).transpose(1, 2)
             earlier = inputs.buffer.first(deltas, beta.shape[1]).to(wide)
@@ -475,7 +437,7 @@ class NormSite:
             rows = torch.where(mask, rows, 0)
         values = {name: _vector(v, layout)[:, None] for name, v in self.vectors.items()}
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            y = self._normalise(rows.to(values_dtype(values)), values)
+            y = self._normalise(rows.to(self.desk.wide), values)
         else:
             y = self._substitute(rows, values)
         return y.to(x.dtype).view(x.shape)
@@ -502,9 +464,9 @@ class NormSite:
                 own.pop(name, None)
 
 
-def values_dtype(values: dict[str, Tensor]) -> torch.dtype:
-    """The compute type that the substituted vectors are in."""
-    return next(iter(values.values())).dtype
+def _scores(x: Tensor, rows: Tensor, beta: Tensor) -> Tensor:
+    """−(x rowsᵀ)∘β, (n, M, R)."""
+    return batched_product(x, rows.transpose(1, 2)).mul_(-beta[:, None])
 
 
 def _vector(vector: VectorFactors, layout: Layout) -> Tensor:
@@ -516,4 +478,4 @@ def _vector(vector: VectorFactors, layout: Layout) -> Tensor:
         effective = vector.effective(
             layout.rho(track, dtype), layout.beta(vector.rows, track, dtype), layout.deltas
         )
-    return vector.leaf(effective) if layout.recording else effective
+    return vector.leaf(effective, layout.step) if layout.recording else effective
