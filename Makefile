@@ -22,7 +22,7 @@ MIN_NEEDS := "huggingface-hub>=0.34,<1" "tokenizers>=0.22,<0.23" requests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint build bench clean prerequisites
+.PHONY: help demo test test-all lint build bench gpu-check profile-nsys profile-ncu kernel-report clean prerequisites
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,11 +30,14 @@ help:  ## list the targets
 demo: $(VENV)/.stamp-demo  ## adapt SmolLM2-135M on a prompt beside the naive loop; PROMPT="..." ARGS="--steps 10"
 	$(PY) -m ttt_fast adapt demo $(if $(PROMPT),"$$PROMPT") --compare --plot demo_loss.png $(ARGS)
 
-test: $(VENV)/.stamp-test  ## run the tests (at most 12 minutes on 2 cores)
+test: $(VENV)/.stamp-test  ## run the tests (at most 17 minutes on 2 cores)
 	$(PY) -m pytest -m "not slow and not gpu"
+	@# Triton's kernels under its interpreter, which is chosen for a whole process.
+	$(PY) -m pytest tests/interpreter -m "not slow"
 
 test-all: $(VENV)/.stamp-test $(VENV)/.stamp-transformers-min  ## run every test, and the scopes on the oldest transformers
 	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest tests/interpreter
 	PYTHONPATH=$(VENV)/transformers-min $(PY) -m pytest tests/test_scope.py
 
 lint: $(VENV)/.stamp-test  ## check style: ruff and clang-format
@@ -55,8 +58,26 @@ bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baseli
 	done
 	$(PY) -m bench.report benchmark-*.json
 
+gpu-check: $(VENV)/.stamp-test  ## everything that needs a GPU: tests, benchmarks, one file to send; ARGS=--quick
+	$(PY) -m bench.gpu_check $(ARGS)
+
+profile-nsys: $(VENV)/.stamp-test  ## timeline of an adaptation (bench/profile_adapt.py is the manual); ARGS="--engine dense"
+	nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop --trace=cuda,nvtx \
+	    --force-overwrite=true --output=profile-nsys $(PY) -m bench.profile_adapt $(ARGS)
+	nsys stats --report nvtx_gpu_proj_sum --report cuda_gpu_kern_sum --report cuda_api_sum \
+	    --report cuda_gpu_mem_time_sum profile-nsys.nsys-rep
+
+profile-ncu: $(VENV)/.stamp-test  ## counters of a kernel; KERNEL=sgd_kernel ARGS="--engine dense"
+	@test -n "$(KERNEL)" || { echo "profile-ncu: say which: make profile-ncu KERNEL=sgd_kernel" >&2; exit 2; }
+	ncu --profile-from-start off --kernel-name regex:$(KERNEL) --launch-count 3 --set full --nvtx \
+	    --force-overwrite --export profile-ncu $(PY) -m bench.profile_adapt $(ARGS)
+	ncu --import profile-ncu.ncu-rep --page details
+
+kernel-report: $(VENV)/.stamp-test  ## write the table of the kernels' machine code in kernels/README.md
+	$(PY) -m ttt_fast.kernels.machine_code
+
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png benchmark-*.json
+	rm -rf $(VENV) build dist *.egg-info ttt_fast/_C*.so demo_loss.png benchmark-*.json profile-nsys.* profile-ncu.*
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -62,6 +62,37 @@ struct DeltaLinearCall {
   Dtype dtype;
 };
 void delta_linear_cpu(const DeltaLinearCall& call);
+
+// Rows (batch, tokens, width) of one dtype; weight (batch, width), rstd (batch, tokens) and dweight
+// are of the compute type.
+struct RmsNormCall {
+  int64_t batch, tokens, width;
+  Dtype dtype;
+  int32_t element_size;
+  bool round_first;  // is x / rms rounded before it meets the weight?
+  double eps;        // forward only
+  const void *x, *weight;
+  bool backward;
+  const void* dy;  // backward only
+  void* rstd;      // written in the forward, read in the backward
+  void* y;         // dx in the backward
+  void* dweight;
+};
+void rms_norm_cpu(const RmsNormCall& call);
+
+// y = act(gate) o up; all of one dtype and consecutive.
+struct GluCall {
+  int64_t numel;
+  Dtype dtype;
+  int32_t element_size;
+  bool gelu_tanh;  // else SiLU
+  const void *gate, *up;
+  bool backward;
+  const void* dy;  // backward only
+  void* y;         // dgate in the backward
+  void* dup;       // backward only
+};
+void glu_cpu(const GluCall& call);
 void copy_cpu(const Views& dsts, const Views& srcs);
 void undo_restore_cpu(const Views& params, const UndoState& undo);
 int64_t checksum_cpu(const Views& tensors);

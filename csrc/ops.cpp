@@ -11,7 +11,9 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 
+#include "gradient_factor.h"
 #include "launchers.h"
 
 namespace ttt_fast {
@@ -135,52 +137,20 @@ UndoState undo_state(const Tensors& undo, const std::vector<int64_t>& offsets, c
   return state;
 }
 
-// A 0-dim tensor's value, and whether it is float64.
-struct Scalar {
-  double value;
-  bool wide;
-};
-
 Scalar read_scalar(const Tensor& tensor, const char* op, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == 1, op, ": ", name,
                   " must be a CPU tensor of one element.");
-  char* data = static_cast<char*>(tensor.data_ptr());
-  switch (dtype_of(tensor)) {
-    case Dtype::F32:
-      return {*reinterpret_cast<float*>(data), false};
-    case Dtype::F64:
-      return {*reinterpret_cast<double*>(data), true};
-    case Dtype::BF16:
-      return {bf16_to_float(*reinterpret_cast<uint16_t*>(data)), false};
-    case Dtype::F16:
-      return {f16_to_float(*reinterpret_cast<uint16_t*>(data)), false};
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be a floating-point tensor.");
-  }
-  return {0, false};
+  const Dtype dtype = dtype_of(tensor);
+  STD_TORCH_CHECK(dtype != Dtype::OTHER, op, ": ", name, " must be a floating-point tensor.");
+  return load_scalar(tensor.data_ptr(), dtype);
 }
 
-template <class C>
-C clip_coefficient(C norm, double max_grad_norm) {
-  // torch divides a number by a tensor as reciprocal times number; clip_grad_norm_ does so too.
-  const C coefficient = (C(1) / (norm + C(1e-6))) * C(max_grad_norm);
-  return coefficient > C(1) ? C(1) : coefficient;  // NaN stays NaN
-}
-
-// _gradient_factor of reference.py, in the types that torch's promotion gives there.
-double gradient_factor(const MaybeTensor& grad_norm, double max_grad_norm,
-                       const MaybeTensor& grad_scale, const char* op) {
-  Scalar factor{1, false};
-  if (grad_norm && max_grad_norm >= 0) {
-    const Scalar norm = read_scalar(*grad_norm, op, "grad_norm");
-    factor.wide = norm.wide;
-    factor.value = norm.wide ? clip_coefficient(norm.value, max_grad_norm)
-                             : clip_coefficient(float(norm.value), max_grad_norm);
-  }
-  if (!grad_scale) return factor.value;
-  const Scalar scale = read_scalar(*grad_scale, op, "grad_scale");
-  if (factor.wide || scale.wide) return factor.value / scale.value;
-  return float(factor.value) / float(scale.value);
+double signed_factor(const MaybeTensor& grad_norm, double max_grad_norm,
+                     const MaybeTensor& grad_scale, bool maximize, const char* op) {
+  const Scalar norm = grad_norm ? read_scalar(*grad_norm, op, "grad_norm") : Scalar();
+  const Scalar scale = grad_scale ? read_scalar(*grad_scale, op, "grad_scale") : Scalar();
+  const double factor = gradient_factor(norm, max_grad_norm, scale);
+  return maximize ? -factor : factor;
 }
 
 bool is_set(const MaybeTensor& found_inf, const char* op) {
@@ -218,24 +188,6 @@ UpdateCall make_call(const UpdateTensors& t, const char* op) {
   return call;
 }
 
-template <class C>
-SgdArgs<C> sgd_args(double factor, double lr, double momentum, double dampening, bool nesterov,
-                    double weight_decay, bool decoupled, bool maximize, bool first_step) {
-  SgdArgs<C> args;
-  args.gradient_factor = C(maximize ? -factor : factor);
-  args.momentum = C(momentum);
-  args.keep = C(1.0 - dampening);
-  args.weight_decay = C(weight_decay);
-  args.minus_lr = C(-lr);
-  args.lr_weight_decay = C(lr * weight_decay);
-  args.use_momentum = Mask<C>(momentum != 0);
-  args.nesterov = Mask<C>(nesterov);
-  args.first_step = Mask<C>(first_step);
-  args.coupled_decay = Mask<C>(weight_decay != 0 && !decoupled);
-  args.decoupled_decay = Mask<C>(weight_decay != 0 && decoupled);
-  return args;
-}
-
 void sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors deltas, Tensors bases,
           MaybeTensor grad_norm, MaybeTensor grad_scale, MaybeTensor found_inf, MaybeTensor landed,
           Tensors undo, std::vector<int64_t> undo_offsets, double lr, double momentum,
@@ -251,28 +203,12 @@ void sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors delta
   }
   call.reads_weight = weight_decay != 0;
   call.skip_state_read = first_step;
-  const double factor = gradient_factor(grad_norm, max_grad_norm, grad_scale, "sgd_");
+  const double factor = signed_factor(grad_norm, max_grad_norm, grad_scale, maximize, "sgd_");
   sgd_cpu(call,
           sgd_args<float>(factor, lr, momentum, dampening, nesterov, weight_decay,
-                          decoupled_weight_decay, maximize, first_step),
+                          decoupled_weight_decay, first_step),
           sgd_args<double>(factor, lr, momentum, dampening, nesterov, weight_decay,
-                           decoupled_weight_decay, maximize, first_step));
-}
-
-template <class C>
-AdamwArgs<C> adamw_args(double factor, double lr, double beta1, double beta2, double eps,
-                        double weight_decay, bool maximize, int64_t step_index) {
-  AdamwArgs<C> args;
-  args.gradient_factor = C(maximize ? -factor : factor);
-  args.one_minus_beta1 = C(1.0 - beta1);
-  args.beta2 = C(beta2);
-  args.one_minus_beta2 = C(1.0 - beta2);
-  args.sqrt_correction2 = C(std::pow(1.0 - std::pow(beta2, double(step_index)), 0.5));
-  args.eps = C(eps);
-  args.minus_step_size = C(-(lr / (1.0 - std::pow(beta1, double(step_index)))));
-  args.lr_weight_decay = C(lr * weight_decay);
-  args.decay = Mask<C>(weight_decay != 0);
-  return args;
+                           decoupled_weight_decay, first_step));
 }
 
 void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors deltas,
@@ -286,10 +222,9 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
   call.states[0] = describe_floats(exp_avgs, "adamw_", "exp_avgs", true, call.params);
   call.states[1] = describe_floats(exp_avg_sqs, "adamw_", "exp_avg_sqs", true, call.params);
   call.reads_weight = weight_decay != 0;
-  const double factor = gradient_factor(grad_norm, max_grad_norm, grad_scale, "adamw_");
-  adamw_cpu(call,
-            adamw_args<float>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index),
-            adamw_args<double>(factor, lr, beta1, beta2, eps, weight_decay, maximize, step_index));
+  const double factor = signed_factor(grad_norm, max_grad_norm, grad_scale, maximize, "adamw_");
+  adamw_cpu(call, adamw_args<float>(factor, lr, beta1, beta2, eps, weight_decay, step_index),
+            adamw_args<double>(factor, lr, beta1, beta2, eps, weight_decay, step_index));
 }
 
 Tensor grad_norm(Tensors grads) {
@@ -386,6 +321,89 @@ Tensor delta_linear(Tensor x, std::optional<Tensor> weight, Tensor a, Tensor d, 
   return y;
 }
 
+// What forward and backward have in common; y is of x's shape.
+RmsNormCall rms_norm_call(const char* op, const Tensor& x, const Tensor& weight, bool round_first) {
+  const View view = describe(x, op, "x", 0, false);
+  const ScalarType wide = view.dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(view.is_float() && x.dim() == 3 && x.is_contiguous(), op,
+                  ": x must be (B, M, D), contiguous, float32, bfloat16, float16 or float64.");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == wide &&
+                      weight.dim() == 2 && weight.sizes()[0] == x.sizes()[0] &&
+                      weight.sizes()[1] == x.sizes()[2],
+                  op, ": weight must be (B, D), contiguous, of the compute type.");
+  RmsNormCall call = {};
+  call.batch = x.sizes()[0], call.tokens = x.sizes()[1], call.width = x.sizes()[2];
+  call.dtype = view.dtype, call.element_size = view.element_size;
+  call.round_first = round_first;
+  call.x = x.data_ptr(), call.weight = weight.data_ptr();
+  return call;
+}
+
+std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps, bool round_first) {
+  RmsNormCall call = rms_norm_call("rms_norm", x, weight, round_first);
+  const std::vector<int64_t> shape = {call.batch, call.tokens, call.width};
+  const std::vector<int64_t> tokens = {call.batch, call.tokens};
+  Tensor y = torch::stable::empty(shape, x.scalar_type());
+  Tensor rstd = torch::stable::empty(tokens, weight.scalar_type());
+  call.eps = eps, call.y = y.data_ptr(), call.rstd = rstd.data_ptr();
+  rms_norm_cpu(call);
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd,
+                                             bool round_first) {
+  RmsNormCall call = rms_norm_call("rms_norm_backward", x, weight, round_first);
+  STD_TORCH_CHECK(dy.is_cpu() && dy.is_contiguous() && dy.scalar_type() == x.scalar_type() &&
+                      dy.numel() == x.numel() && rstd.is_cpu() && rstd.is_contiguous() &&
+                      rstd.scalar_type() == weight.scalar_type() &&
+                      rstd.numel() == call.batch * call.tokens,
+                  "rms_norm_backward: dy must be as x, and rstd what rms_norm returned.");
+  const std::vector<int64_t> shape = {call.batch, call.tokens, call.width};
+  const std::vector<int64_t> widths = {call.batch, call.width};
+  Tensor dx = torch::stable::empty(shape, x.scalar_type());
+  Tensor dweight = torch::stable::empty(widths, weight.scalar_type());
+  call.backward = true, call.dy = dy.data_ptr(), call.rstd = rstd.data_ptr();
+  call.y = dx.data_ptr(), call.dweight = dweight.data_ptr();
+  rms_norm_cpu(call);
+  return {dx, dweight};
+}
+
+GluCall glu_call(const char* op, const Tensor& gate, const Tensor& up,
+                 const std::string& activation) {
+  const View view = describe(gate, op, "gate", 0, false);
+  STD_TORCH_CHECK(view.is_float() && gate.is_contiguous() && up.is_cpu() && up.is_contiguous() &&
+                      up.scalar_type() == gate.scalar_type() && up.numel() == gate.numel(),
+                  op, ": gate and up must be contiguous, of one shape and of one dtype, float32, ",
+                  "bfloat16, float16 or float64.");
+  STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", op, ": activation \"",
+                  activation, "\" is unknown; use \"silu\" or \"gelu_tanh\".");
+  GluCall call = {};
+  call.numel = view.numel, call.dtype = view.dtype, call.element_size = view.element_size;
+  call.gelu_tanh = activation == "gelu_tanh";
+  call.gate = gate.data_ptr(), call.up = up.data_ptr();
+  return call;
+}
+
+Tensor glu(Tensor gate, Tensor up, std::string activation) {
+  GluCall call = glu_call("glu", gate, up, activation);
+  Tensor y = torch::stable::empty_like(gate);
+  call.y = y.data_ptr();
+  glu_cpu(call);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> glu_backward(Tensor dy, Tensor gate, Tensor up, std::string activation) {
+  GluCall call = glu_call("glu_backward", gate, up, activation);
+  STD_TORCH_CHECK(dy.is_cpu() && dy.is_contiguous() && dy.scalar_type() == gate.scalar_type() &&
+                      dy.numel() == gate.numel(),
+                  "glu_backward: dy must be as gate.");
+  Tensor dgate = torch::stable::empty_like(gate), dup = torch::stable::empty_like(gate);
+  call.backward = true, call.dy = dy.data_ptr();
+  call.y = dgate.data_ptr(), call.dup = dup.data_ptr();
+  glu_cpu(call);
+  return {dgate, dup};
+}
+
 void copy_(Tensors dsts, Tensors srcs) {
   const Views to = describe_all(dsts, "copy_", "dsts", true);
   const Views from = describe_all(srcs, "copy_", "srcs", false, &to);
@@ -417,6 +435,11 @@ Tensor checksum(Tensors tensors) {
 }  // namespace
 }  // namespace ttt_fast
 
+// What setup.py put into this library, for ttt-fast doctor.
+extern "C" __attribute__((visibility("default"))) const char* ttt_fast_built() {
+  return TTT_FAST_BUILT;
+}
+
 // The schemas of ttt_fast/ops.py less `backend`; tests/test_ops_contract.py compares them.
 STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
   m.def(
@@ -439,6 +462,12 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
       "delta_linear(Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho) -> "
       "Tensor");
   m.def("nll_(Tensor(a!) logits, Tensor targets, *, int ignore_index) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool round_first) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first) -> "
+      "(Tensor, Tensor)");
+  m.def("glu(Tensor gate, Tensor up, *, str activation) -> Tensor");
+  m.def("glu_backward(Tensor dy, Tensor gate, Tensor up, *, str activation) -> (Tensor, Tensor)");
   m.def("copy_(Tensor(a!)[] dsts, Tensor[] srcs) -> ()");
   m.def("undo_restore_(Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets) -> ()");
   m.def("checksum(Tensor[] tensors) -> Tensor");
@@ -452,6 +481,10 @@ STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("gram_norm", TORCH_BOX(&ttt_fast::gram_norm));
   m.impl("delta_linear", TORCH_BOX(&ttt_fast::delta_linear));
   m.impl("nll_", TORCH_BOX(&ttt_fast::nll_));
+  m.impl("rms_norm", TORCH_BOX(&ttt_fast::rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&ttt_fast::rms_norm_backward));
+  m.impl("glu", TORCH_BOX(&ttt_fast::glu));
+  m.impl("glu_backward", TORCH_BOX(&ttt_fast::glu_backward));
   m.impl("copy_", TORCH_BOX(&ttt_fast::copy_));
   m.impl("undo_restore_", TORCH_BOX(&ttt_fast::undo_restore_));
   m.impl("checksum", TORCH_BOX(&ttt_fast::checksum));

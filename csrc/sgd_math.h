@@ -31,4 +31,23 @@ TTT_HOST_DEVICE C sgd_step(const SgdArgs<C>& args, C g, C w, C& m) {
   return choose(args.decoupled_decay, step - args.lr_weight_decay * w, step);
 }
 
+// factor: what gradients are multiplied by, with its sign.
+template <class C>
+SgdArgs<C> sgd_args(double factor, double lr, double momentum, double dampening, bool nesterov,
+                    double weight_decay, bool decoupled, bool first_step) {
+  SgdArgs<C> args;
+  args.gradient_factor = C(factor);
+  args.momentum = C(momentum);
+  args.keep = C(1.0 - dampening);
+  args.weight_decay = C(weight_decay);
+  args.minus_lr = C(-lr);
+  args.lr_weight_decay = C(lr * weight_decay);
+  args.use_momentum = Mask<C>(momentum != 0);
+  args.nesterov = Mask<C>(nesterov);
+  args.first_step = Mask<C>(first_step);
+  args.coupled_decay = Mask<C>(weight_decay != 0 && !decoupled);
+  args.decoupled_decay = Mask<C>(weight_decay != 0 && decoupled);
+  return args;
+}
+
 }  // namespace ttt_fast

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,16 @@ def data_dir() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `data` tests where no folder is named, `gpu` tests where there is no GPU, and say so."""
+    """Skip `data` tests where no folder is named, `gpu` tests where there is no GPU, and so on."""
     no_data = pytest.mark.skip(reason="TTT_FAST_DATA names no folder of evaluation files")
     no_gpu = pytest.mark.skip(reason="no CUDA device")
+    no_nvcc = pytest.mark.skip(reason="nvcc is not on PATH")
     for item in items:
         if "data" in item.keywords and not os.environ.get("TTT_FAST_DATA"):
             item.add_marker(no_data)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        # tests/gpu/conftest.py says what a rehearsal is.
+        rehearsal = os.environ.get("TTT_FAST_GPU_REHEARSAL") == "1"
+        if "gpu" in item.keywords and not (rehearsal or torch.cuda.is_available()):
             item.add_marker(no_gpu)
+        if "nvcc" in item.keywords and not shutil.which("nvcc"):
+            item.add_marker(no_nvcc)

@@ -16,7 +16,7 @@ from ttt_fast import TTTConfig
         (dict(accumulate="sum"), "accumulate='sum'"),
         (dict(rounding="down"), "rounding='down'"),
         (dict(snapshot="disk"), "snapshot='disk'"),
-        (dict(backend="cuda"), "backend='cuda'"),
+        (dict(backend="metal"), "backend='metal'"),
         (dict(steps=-1), "steps=-1; it must be an integer >= 0"),
         (dict(steps=2.0), "steps=2.0"),
         (dict(steps=True), "steps=True"),

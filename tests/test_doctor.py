@@ -1,8 +1,10 @@
 """What doctor reports about the machine's speeds and the engine that would run."""
 
 import json
+import re
 
 import pytest
+import torch
 
 from families import tiny_model
 from ttt_fast import TTTConfig, calibration, doctor
@@ -25,6 +27,13 @@ def test_the_machine_alone():
     assert set(report["machine"]) == {"float32", "bfloat16"}
     assert "defaults for a" in doctor.page(report)
     assert json.loads(json.dumps(report))["system"] == report["system"]
+    # What setup.py says it built is what is there.
+    built = report["system"]["extension"]
+    assert built in doctor.page(report)
+    with_cuda = hasattr(torch.ops.ttt_fast_cuda, "sgd_")
+    assert re.match(
+        r"with CUDA kernels for sm_\d+" if with_cuda else "without CUDA kernels: ", built
+    )
 
 
 def test_the_engine_and_its_memory(folder):

@@ -48,6 +48,15 @@ def arguments_of(name: str) -> tuple[tuple, dict]:
         factors = (torch.randn(6, 3).bfloat16(), torch.randn(6, 4).bfloat16(), torch.randn(6))
         options = {"scale": 0.5, "rounding": "stochastic", "seed": 0}
         return (torch.randn(4, 3).bfloat16(), *factors), options
+    if name == "rms_norm":
+        return (torch.randn(2, 5, 7), torch.rand(2, 7)), {"eps": 1e-5, "round_first": True}
+    if name == "rms_norm_backward":
+        dy, x, rstd = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.rand(2, 5)
+        return (dy, x, torch.rand(2, 7), rstd), {"round_first": True}
+    if name == "glu":
+        return (torch.randn(2, 5), torch.randn(2, 5)), {"activation": "gelu_tanh"}
+    if name == "glu_backward":
+        return (torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5)), {"activation": "silu"}
     if name == "nll_":
         return (torch.randn(5, 7), torch.tensor([0, 6, -100, 3, 3])), {"ignore_index": -100}
     return (case.grads,), {}

@@ -69,6 +69,13 @@ def test_every_package_is_listed():
     assert set(re.findall(r'"([\w.]+)"', listed)) == folders | {"ttt_fast.kernels"}
 
 
+def test_setup_stays_small_and_the_sdist_has_every_source():
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
+    manifest = (ROOT / "MANIFEST.in").read_text()
+    suffixes = set(re.search(r"recursive-include csrc (.*)", manifest)[1].replace("*", "").split())
+    assert {path.suffix for path in (ROOT / "csrc").rglob("*.*")} == suffixes
+
+
 def test_no_path_of_one_machine():
     found = {path: machine_paths(path.read_text(encoding="utf-8")) for path in files()}
     assert {str(path): paths for path, paths in found.items() if paths} == {}

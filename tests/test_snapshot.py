@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ttt_fast import ops
-from ttt_fast.backend import available_backends
+from ttt_fast.backend import available_backends, backends_on
 from ttt_fast.reference import UNDO_CHUNK
 from ttt_fast.scope import RowSlice, Selection
 from ttt_fast.snapshot import Snapshot
@@ -28,6 +28,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     params=[
         pytest.param(name, marks=pytest.mark.skipif(status != "ok", reason=f"{name}: {status}"))
         for name, status in available_backends().items()
+        if name in backends_on("cpu")
     ],
 )
 def backend(request: pytest.FixtureRequest) -> str:

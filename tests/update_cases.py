@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ttt_fast import ops
-from ttt_fast.backend import available_backends
+from ttt_fast.backend import available_backends, backends_on
 from ttt_fast.reference import compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,8 +19,8 @@ ODD_SIZES = ((0,), (1,), (7,), (4097,), (65537,), (131075,), (), (3, 5, 7))
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def backend_params() -> list[Any]:
-    """Both backends as pytest parameters; one that is not available is skipped with its reason.
+def backend_params(device_type: str = "cpu") -> list[Any]:
+    """The backends for a device as pytest parameters; one that is not available is skipped.
 
     test_backend.py fails when the extension is not there, so that this skip hides nothing.
     """
@@ -31,6 +31,7 @@ def backend_params() -> list[Any]:
             name, marks=pytest.mark.skipif(status != "ok", reason=f"backend {name}: {status}")
         )
         for name, status in available_backends().items()
+        if name in backends_on(device_type)
     ]
 
 

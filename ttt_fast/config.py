@@ -62,8 +62,11 @@ class TTTConfig:
             deltas do; None for no bound.
         memory_budget: bytes above the model that engine="auto" and batches of prompts plan with;
             default what the device has free.
-        check_every: steps between looks at the losses for non-finite values.
-        backend: "auto", "torch" or "cpp".
+        check_every: steps between looks at the losses for non-finite values; default 1 on a CPU,
+            ``steps`` on a GPU, where a look waits for the device. Whatever it is, nothing is
+            written after a step that was not finite.
+        backend: "auto", or what every op runs in that has it and can, on its tensors: "torch",
+            "cpp", "triton" or "cuda".
 
     Raises:
         ValueError: a value out of range or a combination that cannot work.
@@ -92,7 +95,7 @@ class TTTConfig:
     dropout: bool = False
     max_batch_tokens: int | None = 2048
     memory_budget: int | None = None
-    check_every: int = 1
+    check_every: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -105,6 +108,8 @@ class TTTConfig:
                 )
         for name, least in (("steps", 0), ("check_every", 1)):
             value = getattr(self, name)
+            if name == "check_every" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"TTTConfig: {name}={value!r}; it must be an integer >= {least}.")
         for name in ("max_batch_tokens", "memory_budget"):

@@ -6,11 +6,13 @@ configuration alone. ``--calibrate`` measures the speeds that the choice rests o
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +70,7 @@ def report(
 
 
 def system() -> dict[str, Any]:
-    """Versions, processors and, for each backend, "ok" or why it is not available."""
+    """Versions, processors, what was built and, for each backend, "ok" or why it is not there."""
     versions = {"ttt_fast": __version__, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "numpy"):
         try:
@@ -83,8 +85,19 @@ def system() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda_devices": devices,
+        "extension": extension(),
         "backends": available_backends(),
     }
+
+
+def extension() -> str:
+    """What setup.py put into the C++ extension, and why; "not built" where there is none."""
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not libraries or available_backends()["cpp"] != "ok":
+        return "not built"
+    built = ctypes.CDLL(str(libraries[0])).ttt_fast_built
+    built.restype = ctypes.c_char_p
+    return built().decode()
 
 
 def memory(
@@ -157,6 +170,7 @@ def page(report: dict[str, Any]) -> str:
         f"{'platform':<14} {facts['platform']}, {facts['cores']} cores, {facts['threads']} threads,"
         f" {facts['cpu_capability']}",
         f"{'cuda devices':<14} {', '.join(facts['cuda_devices']) or 'none'}",
+        f"{'extension':<14} {facts['extension']}",
     ]
     lines += [
         f"backend {name:<6} {'available' if state == 'ok' else f'not available: {state}'}"

@@ -1,8 +1,8 @@
 """The ops: schema, fake and public wrapper of each; the only file that says ``torch.ops``.
 
 Every op exists once as ``torch.ops.ttt_fast.<name>``, opaque to ``torch.compile``, and runs the
-backend that :func:`ttt_fast.backend.resolve_backend` names: plain torch (``reference.py``) or the
-C++ extension (``csrc/``).
+backend that :func:`ttt_fast.backend.resolve_backend` names: plain torch (``reference.py``), the C++
+extension (``csrc/``, its part for the CPU or for CUDA) or a Triton kernel (``kernels/``).
 
 Tensors may be views with an offset, and strided as :class:`ttt_fast.scope.RowSlice` makes them.
 Lists may mix sizes and dtypes. Storage is float32, bfloat16, float16 or float64; arithmetic is
@@ -11,6 +11,8 @@ float32 (float64 for float64).
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +20,15 @@ import torch
 from torch import Tensor
 
 from ttt_fast import reference
-from ttt_fast.backend import BACKENDS, resolve_backend
+from ttt_fast.backend import BACKENDS, backends_on, resolve_backend
 from ttt_fast.op_checks import COEFFICIENTS, DTYPES, ROUNDINGS, check_factors, check_update
 from ttt_fast.reference import compute_dtype
 from ttt_fast.undo import UndoLog
 
 __all__ = [
-    "ROUNDINGS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
-    "grad_norm", "gram_norm", "nll_", "rank_update_", "sgd_", "undo_restore_",
+    "ROUNDINGS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear", "glu",
+    "glu_backward", "grad_norm", "gram_norm", "nll_", "rank_update_", "rms_norm",
+    "rms_norm_backward", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 
@@ -48,8 +51,10 @@ class OpSchema(NamedTuple):
     backends: tuple[str, ...] = BACKENDS
 
 
+_NOT_CUDA = ("torch", "cpp", "triton")
+
 # csrc/ops.cpp registers the same arguments, of the ops that exist in "cpp", in the namespace
-# ttt_fast_cpp.
+# ttt_fast_cpp; ttt_fast/cuda_ops.py and kernels/ have Python functions that take them.
 SCHEMAS: dict[str, OpSchema] = {
     "sgd_": OpSchema(
         "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, " + _UPDATE_TENSORS
@@ -69,21 +74,65 @@ SCHEMAS: dict[str, OpSchema] = {
     "gram_norm": OpSchema("Tensor x, Tensor dy", "Tensor"),
     "delta_linear": OpSchema(
         "Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho", "Tensor",
+        backends=_NOT_CUDA,
     ),
     "rank_update_": OpSchema(
         "Tensor(a!) weight, Tensor x, Tensor dy, Tensor beta, *, float scale, str rounding, "
         "int seed",
-        mutated=("weight",), backends=("torch",),
+        mutated=("weight",), backends=("torch", "triton"),
     ),
     "nll_": OpSchema(
-        "Tensor(a!) logits, Tensor targets, *, int ignore_index", "Tensor", mutated=("logits",)
+        "Tensor(a!) logits, Tensor targets, *, int ignore_index", "Tensor", mutated=("logits",),
+        backends=_NOT_CUDA,
+    ),
+    "rms_norm": OpSchema(
+        "Tensor x, Tensor weight, *, float eps, bool round_first", "(Tensor, Tensor)",
+        backends=_NOT_CUDA,
+    ),
+    "rms_norm_backward": OpSchema(
+        "Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first",
+        "(Tensor, Tensor)", backends=_NOT_CUDA,
+    ),
+    "glu": OpSchema("Tensor gate, Tensor up, *, str activation", "Tensor", backends=_NOT_CUDA),
+    "glu_backward": OpSchema(
+        "Tensor dy, Tensor gate, Tensor up, *, str activation", "(Tensor, Tensor)",
+        backends=_NOT_CUDA,
     ),
     "copy_": OpSchema("Tensor(a!)[] dsts, Tensor[] srcs", mutated=("dsts",)),
     "undo_restore_": OpSchema(
         "Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets", mutated=("params",)
     ),
-    "checksum": OpSchema("Tensor[] tensors", "Tensor"),
+    "checksum": OpSchema("Tensor[] tensors", "Tensor", backends=_NOT_CUDA),
 }  # fmt: skip
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the device of the first tensor the current one: that is where kernels are launched."""
+
+    @functools.wraps(launch)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) or not args[0] else args[0][0]
+        if not isinstance(first, Tensor) or not first.is_cuda:
+            return launch(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(*args, **kwargs)
+
+    return run
+
+
+@functools.cache
+def _function(name: str, backend: str) -> Callable[..., Any]:
+    """The function that runs an op in a backend; all take the arguments of the reference."""
+    if backend == "torch":
+        return getattr(reference, name)
+    if backend == "triton":
+        # Not before it is used: Triton is not everywhere.
+        stem = name.removesuffix("_")
+        module = importlib.import_module(f"ttt_fast.kernels.{stem}")
+        return _on_its_device(getattr(module, f"{stem}_launch"))
+    if backend == "cuda":
+        return _on_its_device(getattr(importlib.import_module("ttt_fast.cuda_ops"), name))
+    return getattr(getattr(torch.ops, f"ttt_fast_{backend}"), name).default
 
 
 def _implementation(name: str) -> Callable[..., Any]:
@@ -96,9 +145,9 @@ def _implementation(name: str) -> Callable[..., Any]:
     mutated = [argument_names.index(argument) for argument in SCHEMAS[name].mutated]
 
     def run(*args: Any, backend: str, **kwargs: Any) -> Any:
+        result = _function(name, backend)(*args, **kwargs)
         if backend == "torch":
-            return getattr(reference, name)(*args, **kwargs)
-        result = getattr(getattr(torch.ops, f"ttt_fast_{backend}"), name)(*args, **kwargs)
+            return result
         for position in mutated:
             # Raw-memory writes do not show up in autograd's "modified in place" check by
             # themselves.
@@ -156,6 +205,32 @@ def _nll_fake(logits: Tensor, targets: Tensor, *, ignore_index: int, backend: st
     return logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits.dtype))
 
 
+@torch.library.register_fake("ttt_fast::rms_norm", lib=_LIBRARY)
+def _rms_norm_fake(
+    x: Tensor, weight: Tensor, *, eps: float, round_first: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty(x.shape[:2])
+
+
+@torch.library.register_fake("ttt_fast::rms_norm_backward", lib=_LIBRARY)
+def _rms_norm_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, round_first: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+@torch.library.register_fake("ttt_fast::glu", lib=_LIBRARY)
+def _glu_fake(gate: Tensor, up: Tensor, *, activation: str, backend: str) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@torch.library.register_fake("ttt_fast::glu_backward", lib=_LIBRARY)
+def _glu_backward_fake(
+    dy: Tensor, gate: Tensor, up: Tensor, *, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(gate)
+
+
 @torch.library.register_fake("ttt_fast::checksum", lib=_LIBRARY)
 def _checksum_fake(tensors: Sequence[Tensor], *, backend: str) -> Tensor:
     return torch.empty((), dtype=torch.int64)
@@ -164,18 +239,22 @@ def _checksum_fake(tensors: Sequence[Tensor], *, backend: str) -> Tensor:
 # ---------------------------------------------------------------------------- backends
 
 
-def backend_for(op: str, backend: str) -> str:
+def backend_for(op: str, backend: str, *device_types: str) -> str:
     """Return what to ask ``op`` for when ``backend`` is a setting for all ops of a run.
 
-    An op refuses a backend that it does not exist in. A run that is set to "cpp" means C++ wherever
-    there is any, so for the other ops this is "auto".
+    An op refuses a backend that it does not exist in, or that does not run on its tensors. A run
+    that is set to "cpp" means C++ wherever there is any, so for the other ops this is "auto"; so it
+    is for a copy to the host in a run that is set to "triton".
 
     Args:
         op: name of the op, as "delta_linear".
-        backend: "auto", "torch" or "cpp".
+        backend: "auto" or one of ``ttt_fast.backend.BACKENDS``.
+        device_types: "cpu", "cuda", ... of all its tensors; none: of any that the backend runs on.
     """
-    absent = backend in BACKENDS and backend not in SCHEMAS[op].backends
-    return "auto" if absent else backend
+    if backend not in BACKENDS:
+        return backend
+    runs = all(backend in backends_on(device_type) for device_type in device_types)
+    return backend if runs and backend in SCHEMAS[op].backends else "auto"
 
 
 def _chosen(op: str, device_type: str, backend: str) -> str:
@@ -190,17 +269,14 @@ def implementation(op: str, device_type: str, backend: str = "auto") -> Callable
     Args:
         op: name of the op.
         device_type: "cpu", "cuda", ...
-        backend: "auto", "torch" or "cpp", as for the op.
+        backend: "auto", "torch", "cpp", "triton" or "cuda", as for the op.
     """
-    chosen = _chosen(op, device_type, backend)
-    if chosen == "torch":
-        return getattr(reference, op)
-    return getattr(getattr(torch.ops, f"ttt_fast_{chosen}"), op).default
+    return _function(op, _chosen(op, device_type, backend))
 
 
 def _update_backend(op: str, params: Sequence[Tensor], rounding: str, backend: str) -> str:
     """rounding="torch" *is* torch's foreach code, so it runs there and nowhere else."""
-    chosen = _chosen(op, _device_type(params), backend)
+    chosen = _chosen_for(op, params, backend)
     if rounding != "torch":
         return chosen
     if backend not in ("auto", "torch"):
@@ -211,8 +287,11 @@ def _update_backend(op: str, params: Sequence[Tensor], rounding: str, backend: s
     return "torch"
 
 
-def _device_type(tensors: Sequence[Tensor]) -> str:
-    return tensors[0].device.type if tensors else "cpu"
+def _chosen_for(op: str, tensors: Sequence[Tensor], backend: str) -> str:
+    """The backend for a list; an empty one is nowhere, so that no backend is wrong for it."""
+    if not tensors:
+        return _chosen(op, "cpu", backend_for(op, backend, "cpu"))
+    return _chosen(op, tensors[0].device.type, backend)
 
 
 # ---------------------------------------------------------------------------- public ops
@@ -280,7 +359,7 @@ def sgd_(
         found_inf: 0-dim tensor; where it is not 0 nothing is changed.
         landed: (2,) float64. [Σ⟨w' − w, Δ⟩, Σ‖Δ‖²] is added.
         undo: log of the overwritten bits; ``params`` must be those it was made for.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Raises:
         ValueError: lists do not pair up, unsupported dtype or option.
@@ -358,7 +437,7 @@ def adamw_(
         found_inf: where it is not 0 nothing is changed.
         landed: (2,) float64, added to.
         undo: log of the overwritten bits.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Raises:
         ValueError: lists do not pair up, unsupported dtype or option.
@@ -388,7 +467,7 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     Args:
         grads: n tensors of any floating dtype; on several devices, their norms are combined on the
             first one's.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Returns:
         0-dim float32 tensor on their device (float64 when a gradient is float64); 0 for an empty
@@ -398,8 +477,8 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     for grad in grads:
         by_device.setdefault(grad.device, []).append(grad)
     norms = [
-        torch.ops.ttt_fast.grad_norm(local, backend=_chosen("grad_norm", device.type, backend))
-        for device, local in (by_device or {torch.device("cpu"): []}).items()
+        torch.ops.ttt_fast.grad_norm(local, backend=_chosen_for("grad_norm", local, backend))
+        for local in by_device.values() or [[]]
     ]
     if len(norms) == 1:
         return norms[0]
@@ -416,7 +495,7 @@ def gram_norm(x: Tensor, dy: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: layer inputs, (B, M, in).
         dy: gradients at the layer's output, (B, M, out), same dtype and device.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Returns:
         (B,) float32, or float64 for float64; never negative.
@@ -467,7 +546,7 @@ def delta_linear(
         d: their gradients at the output, (B, R, out), likewise.
         beta: coefficient of each row of ``a``, (B, R), float32 or float64.
         rho: factor of ``weight``, (B,) float32 or float64; None for 1.
-        backend: "auto", "torch" or "cpp" (all but float16).
+        backend: "auto", "torch", "cpp" (all but float16) or "triton".
 
     Returns:
         (B, M, out), in x's dtype.
@@ -535,7 +614,7 @@ def rank_update_(
         rounding: "nearest" or "stochastic" (seeded, 16-bit weights; the bits of tensor 0 of
             ``reference.random_bits``, elements of the weight counted row by row).
         seed: counter of the random bits.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "triton".
 
     Raises:
         ValueError: shapes, dtypes or devices do not agree, or unknown rounding.
@@ -580,7 +659,7 @@ def nll_(
         logits: (M, V), any strides, V ≥ 1. Mutated; rows that are ignored become 0.
         targets: (M,) int64.
         ignore_index: target of the rows that do not count.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp" or "triton".
 
     Returns:
         (M,) float32, or float64 for float64; 0 where ignored.
@@ -609,13 +688,145 @@ def nll_(
 
 
 @torch.no_grad()
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, round_first: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Root mean square norm with a weight for each delta:  y = w ∘ x / sqrt(mean(x²) + ε).
+
+    Zhang and Sennrich (2019). Arithmetic is in the compute type whatever the dtype; y is rounded
+    once, twice with ``round_first``.
+
+    Args:
+        x: (B, M, D).
+        weight: (B, D), of the compute type.
+        eps: ε.
+        round_first: round x / rms to the dtype of x before it is multiplied by the weight, as
+            Llama and most families do; Gemma and OLMo 2 do not.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        y as x, and 1 / rms, (B, M) of the compute type, which the backward needs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    chosen = _rms_norm_backend("rms_norm", x, weight, [], backend)
+    return torch.ops.ttt_fast.rms_norm(
+        x.contiguous(), weight.contiguous(), eps=eps, round_first=round_first, backend=chosen
+    )
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    round_first: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`rms_norm` for dy at y.
+
+        dx = (g − x̂·mean(g ∘ x̂)) / rms,   dw = Σ_tokens dy ∘ x̂,   g = w ∘ dy,   x̂ = x / rms
+
+    Args:
+        dy: (B, M, D), as x.
+        x: what the forward was given.
+        weight: likewise.
+        rstd: 1 / rms, as the forward returned it.
+        round_first: as in the forward; in dw, x̂ is rounded with it.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        dx as x, and dw (B, D) of the compute type.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    more = [("dy", dy, ("B", "M", "D"), ()), ("rstd", rstd, ("B", "M"), (compute_dtype(x.dtype),))]
+    chosen = _rms_norm_backend("rms_norm_backward", x, weight, more, backend)
+    return torch.ops.ttt_fast.rms_norm_backward(
+        dy.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous(),
+        round_first=round_first, backend=chosen,
+    )  # fmt: skip
+
+
+def _rms_norm_backend(op: str, x: Tensor, weight: Tensor, more: list, backend: str) -> str:
+    wide = (compute_dtype(x.dtype),)
+    tensors = [("x", x, ("B", "M", "D"), ()), ("weight", weight, ("B", "D"), wide), *more]
+    check_factors(op, x, tensors, {})
+    return _chosen(op, x.device.type, backend)
+
+
+@torch.no_grad()
+def glu(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str = "auto") -> Tensor:
+    """Gated linear unit of two projections:  y = round(act(gate)) ∘ up.
+
+    Shazeer (2020): SwiGLU with "silu", GeGLU with "gelu_tanh". Arithmetic is in the compute type;
+    act(gate) is rounded to the storage type, as models' own code does.
+
+    Args:
+        gate: any shape.
+        up: of the shape and dtype of gate.
+        activation: "silu", or "gelu_tanh" (GELU in its tanh form).
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        y as gate.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, the activation is unknown, or the
+            backend cannot run there.
+    """
+    chosen = _glu_backend("glu", [("gate", gate), ("up", up)], activation, backend)
+    return torch.ops.ttt_fast.glu(
+        gate.contiguous(), up.contiguous(), activation=activation, backend=chosen
+    )
+
+
+def glu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`glu`:  dgate = dy ∘ up ∘ act′(gate),   dup = dy ∘ round(act(gate)).
+
+    Args:
+        dy: gradient at y.
+        gate: what the forward was given.
+        up: likewise.
+        activation: as in the forward.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        dgate and dup, as gate.
+
+    Raises:
+        ValueError: as in the forward.
+    """
+    tensors = [("gate", gate), ("up", up), ("dy", dy)]
+    chosen = _glu_backend("glu_backward", tensors, activation, backend)
+    return torch.ops.ttt_fast.glu_backward(
+        dy.contiguous(), gate.contiguous(), up.contiguous(), activation=activation, backend=chosen
+    )
+
+
+def _glu_backend(op: str, tensors: list[tuple[str, Tensor]], activation: str, backend: str) -> str:
+    gate = tensors[0][1]
+    if activation not in reference.GLU_ACTIVATIONS:
+        known = ", ".join(map(repr, reference.GLU_ACTIVATIONS))
+        raise ValueError(f"{op}: activation={activation!r} is unknown; use one of {known}.")
+    axes = tuple(f"n{i}" for i in range(gate.dim()))
+    check_factors(op, gate, [(name, tensor, axes, ()) for name, tensor in tensors], {})
+    return _chosen(op, gate.device.type, backend)
+
+
+@torch.no_grad()
 def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor], *, backend: str = "auto") -> None:
     """Copy every source into its destination, bit for bit.
 
     Args:
         dsts: n tensors. Mutated.
         srcs: n tensors of the same shapes and dtypes, possibly on another device.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Raises:
         ValueError: lists do not pair up.
@@ -628,12 +839,14 @@ def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor], *, backend: str = "aut
                 f"copy_: srcs[{i}] is {tuple(src.shape)} {src.dtype} but dsts[{i}] is "
                 f"{tuple(dst.shape)} {dst.dtype}; they must agree."
             )
-    devices = {tensor.device.type for tensor in [*dsts, *srcs]}
-    crossing = len(devices) > 1
+    devices = {tensor.device for tensor in [*dsts, *srcs]}
+    if len(devices) > 1 and backend not in ("auto", "torch"):
+        raise ValueError(
+            f"copy_: backend={backend!r} copies within one device, but the tensors are on "
+            f"{' and '.join(sorted(map(str, devices)))}; use backend='auto'."
+        )
     # Between devices only torch can copy; that is what "auto" means there.
-    chosen = (
-        "torch" if crossing and backend == "auto" else _chosen("copy_", _device_type(dsts), backend)
-    )
+    chosen = "torch" if len(devices) > 1 else _chosen_for("copy_", dsts, backend)
     torch.ops.ttt_fast.copy_(list(dsts), list(srcs), backend=chosen)
 
 
@@ -644,14 +857,14 @@ def undo_restore_(params: Sequence[Tensor], undo: UndoLog, *, backend: str = "au
     Args:
         params: the parameters that ``undo`` was made for. Mutated. Untracked ones are left alone.
         undo: the log; it stays as it is, so that restoring again changes nothing.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
     """
-    chosen = _chosen("undo_restore_", _device_type(params), backend)
+    chosen = _chosen_for("undo_restore_", params, backend)
     torch.ops.ttt_fast.undo_restore_(list(params), undo.tensors, undo.offsets, backend=chosen)
 
 
 @torch.no_grad()
 def checksum(tensors: Sequence[Tensor], *, backend: str = "auto") -> int:
     """64-bit checksum of the bits of all tensors in order (formula: ``reference.checksum``)."""
-    chosen = _chosen("checksum", _device_type(tensors), backend)
+    chosen = _chosen_for("checksum", tensors, backend)
     return int(torch.ops.ttt_fast.checksum(list(tensors), backend=chosen))

@@ -351,7 +351,7 @@ class FusedSGD(FusedOptimizer):
         seed: of stochastic rounding.
         snapshot: :class:`ttt_fast.Snapshot` of these parameters with ``where="undo"``; every step
             logs to it. A copy of the optimizer (deepcopy, pickle) has none.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Raises:
         ValueError: an option out of range, worded as torch's.
@@ -437,7 +437,7 @@ class FusedAdamW(FusedOptimizer):
         seed: of stochastic rounding.
         snapshot: :class:`ttt_fast.Snapshot` of these parameters with ``where="undo"``; every step
             logs to it. A copy of the optimizer (deepcopy, pickle) has none.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
 
     Raises:
         ValueError: an option out of range, worded as torch's.

@@ -46,7 +46,8 @@ class Snapshot:
             ``ops.sgd_(snapshot.views, grads, lr=lr, undo=snapshot.undo)``.
         module: the model that holds ``params``, to notice when it holds another tensor under one
             of their names. Default: ``params`` where that is a module, else it is not noticed.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", or what every op runs in that has it and can, on its tensors: "torch",
+            "cpp", "triton" or "cuda".
 
     Attributes:
         names: name of each entry, "param 3" where it has none.
@@ -121,7 +122,7 @@ class Snapshot:
         self._check("take")
         self._complete = False
         for views, copies in self._pairs:
-            ops.copy_(copies, views, backend=self.backend)
+            ops.copy_(copies, views, backend=self._backend_for("copy_", copies[0], views[0]))
         for log in self._logs.values():
             log.reset()
         logged = [i for indices in self._logged.values() for i in indices]
@@ -143,10 +144,11 @@ class Snapshot:
                 "Call take() again with the weights you want."
             )
         for views, copies in self._pairs:
-            ops.copy_(views, copies, backend=self.backend)
+            ops.copy_(views, copies, backend=self._backend_for("copy_", copies[0], views[0]))
         for device, indices in self._logged.items():
             views = [self.views[i] for i in indices]
-            ops.undo_restore_(views, self._logs[device], backend=self.backend)
+            backend = self._backend_for("undo_restore_", views[0])
+            ops.undo_restore_(views, self._logs[device], backend=backend)
         changed = self._changed(self._checksums)
         if changed:
             raise RuntimeError(
@@ -171,7 +173,10 @@ class Snapshot:
         return [self.names[i] for i in sorted(set(indices)) if differs(i)]
 
     def _checksum(self, tensor: Tensor) -> int:
-        return ops.checksum([tensor], backend=self.backend)
+        return ops.checksum([tensor], backend=self._backend_for("checksum", tensor))
+
+    def _backend_for(self, op: str, *tensors: Tensor) -> str:
+        return ops.backend_for(op, self.backend, *(tensor.device.type for tensor in tensors))
 
     @property
     def undo(self) -> UndoLog | None:

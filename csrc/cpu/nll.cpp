@@ -5,35 +5,14 @@
 // of float32 does not fit the L1 cache, and 16-bit rows have no room for them). Bytes per element:
 // 8 in float32, 4 in bfloat16. Bound: arithmetic of exp, then memory bandwidth. Reference: nll_ in
 // ttt_fast/reference.py.
-#include <cmath>
 #include <limits>
 
-#include "blocks.h"
+#include "exponential.h"
 
 namespace ttt_fast {
 namespace {
 
 constexpr int64_t kLanes = 64;
-
-// e^x = 2^k e^r with |r| <= ln 2 / 2, for x <= 0; the polynomial is Cephes' (Moshier), good to one
-// ulp. Free of branches; NaN stays NaN, and what would come near the denormals is 0.
-TTT_HOST_DEVICE float exponential(float x) {
-  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves k in the low bits
-  const float shifted = x * 1.44269504088896341f + kRound;
-  const float k = shifted - kRound;
-  const float r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * (r * r) + r) + 1.0f;
-  const float power = bits_float((float_bits(shifted) << 23) + 0x3f800000u);
-  return x < -87.0f ? 0.0f : p * power;
-}
-
-TTT_HOST_DEVICE double exponential(double x) { return std::exp(x); }
 
 template <class C>
 TTT_HOST_DEVICE C maximum_loop(const C* __restrict z, int64_t n) {

@@ -1,0 +1,192 @@
+"""The ops of ``csrc/cuda/``: functions with the names and arguments of ``reference.py``.
+
+Each turns its lists into the tables of :mod:`ttt_fast.kernels.pointer_table`, allocates scratch and
+launches on the current stream; nothing here waits for the device. :mod:`ttt_fast.ops` has checked
+the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_fast.kernels.pointer_table import PointerTable, pointer_tables
+from ttt_fast.reference import UNDO_CHUNK, compute_dtype
+
+OPS = ("sgd_", "adamw_", "grad_norm", "gram_norm", "copy_", "undo_restore_")
+
+# Where csrc/ops_cuda.cpp registers; the tests put the namespace of the emulated kernels here.
+NAMESPACE = "ttt_fast_cuda"
+
+# Elements of a block. Many blocks keep the last ones from being waited for, each costs some 60
+# bytes of table.
+CHUNK = 16384
+# Undo slots that are restored at a time, with 4 bytes of scratch for each.
+RESTORE_SLOTS = 1 << 26
+
+# enum Dtype of csrc/tensor_view.h.
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, None: 4}
+_GRAM_TILE = 32  # kGramTile of csrc/cuda/launchers.h
+
+
+def _kernels() -> Any:
+    return getattr(torch.ops, NAMESPACE)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _columns(table: PointerTable) -> list[Tensor]:
+    return [table.pointers, table.numel, table.index, table.tensor]
+
+
+@lru_cache(maxsize=16)
+def _undo_tensors(
+    offsets: tuple[int, ...], numel: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """An UndoLog's offsets and its parameters' sizes, on the device."""
+    table = torch.tensor([offsets, numel], dtype=torch.int64)
+    table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+    return table[0], table[1]
+
+
+def _undo(
+    undo: Sequence[Tensor], offsets: Sequence[int], params: Sequence[Tensor], table: PointerTable
+) -> list[Tensor]:
+    """What the kernels need of a log: its tensors, those of ``_undo_tensors``, scratch."""
+    if not undo or table.dtypes[0].itemsize != 2:
+        return []
+    sizes = tuple(param.numel() for param in params)
+    states = undo[3].new_empty(table.n_chunks)
+    return [*undo, *_undo_tensors(tuple(offsets), sizes, undo[3].device), states]
+
+
+def _update(
+    op: str,
+    lists: Sequence[Sequence[Tensor]],
+    scalars: Sequence[Tensor | None],
+    landed: Tensor | None,
+    undo: Sequence[Tensor],
+    undo_offsets: Sequence[int],
+    *,
+    rounding: str,
+    **options: Any,
+) -> None:
+    """Launch an update for each group of tensors; ``lists`` is in the order of ``UpdateList``."""
+    written = {0: "params", 2: "deltas", 4: "state 0", 5: "state 1"}
+    for table in pointer_tables(lists, CHUNK, written):
+        device = table.pointers.device
+        sums = []
+        if landed is not None:
+            total = landed if landed.device == device else torch.zeros_like(landed, device=device)
+            sums = [total, total.new_empty(2 * table.n_chunks)]
+        getattr(_kernels(), op)(
+            _columns(table), [_CODES[dtype] for dtype in table.dtypes], table.aligned,
+            *(scalar if scalar is None else scalar.to(device) for scalar in scalars), sums,
+            _undo(undo, undo_offsets, lists[0], table),
+            stochastic=rounding == "stochastic", stream=_stream(device), **options,
+        )  # fmt: skip
+        if sums and sums[0] is not landed:
+            landed += sums[0].to(landed.device)
+
+
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] = (),
+    deltas: Sequence[Tensor] = (),
+    bases: Sequence[Tensor] = (),
+    grad_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    landed: Tensor | None = None,
+    undo: Sequence[Tensor] = (),
+    undo_offsets: Sequence[int] = (),
+    **options: Any,
+) -> None:
+    """See :func:`ttt_fast.ops.sgd_`; ``options`` are all of ``reference.sgd_``'s."""
+    buffers = momentum_buffers if options["momentum"] else []
+    lists = [params, grads, deltas, bases, buffers, []]
+    scalars = [grad_norm, grad_scale, found_inf]
+    _update("sgd_", lists, scalars, landed, undo, undo_offsets, **options)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    deltas: Sequence[Tensor] = (),
+    bases: Sequence[Tensor] = (),
+    grad_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    landed: Tensor | None = None,
+    undo: Sequence[Tensor] = (),
+    undo_offsets: Sequence[int] = (),
+    **options: Any,
+) -> None:
+    """See :func:`ttt_fast.ops.adamw_`; ``options`` are all of ``reference.adamw_``'s."""
+    lists = [params, grads, deltas, bases, exp_avgs, exp_avg_sqs]
+    scalars = [grad_norm, grad_scale, found_inf]
+    _update("adamw_", lists, scalars, landed, undo, undo_offsets, **options)
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """See :func:`ttt_fast.ops.grad_norm`; the gradients are on one device."""
+    double = any(grad.dtype == torch.float64 for grad in grads)
+    dtype = torch.float64 if double else torch.float32
+    if not grads:
+        return torch.zeros((), dtype=dtype)
+    device = grads[0].device
+    tables = pointer_tables([grads], CHUNK)
+    sums = torch.empty(sum(table.n_chunks for table in tables), dtype=torch.float64, device=device)
+    norm = torch.empty((), dtype=dtype, device=device)
+    stream = _stream(device)
+    parts = sums.split([table.n_chunks for table in tables])
+    for table, part in zip(tables, parts, strict=True):
+        _kernels().sum_of_squares_(
+            _columns(table), _CODES[table.dtypes[0]], table.aligned, part, stream=stream
+        )
+    _kernels().norm_of_sums_(norm, sums, stream=stream)
+    return norm
+
+
+def gram_norm(x: Tensor, dy: Tensor) -> Tensor:
+    """See :func:`ttt_fast.ops.gram_norm`."""
+    x, dy = (t if t.stride(2) == 1 else t.contiguous() for t in (x, dy))
+    batch, tokens, _ = x.shape
+    norms = x.new_empty(batch, dtype=compute_dtype(x.dtype))
+    tiles = -(-tokens // _GRAM_TILE)
+    partial = x.new_empty(batch * tiles * (tiles + 1) // 2, dtype=torch.float64)
+    if batch:
+        _kernels().gram_norm_(norms, partial, x, dy, stream=_stream(x.device))
+    return norms
+
+
+def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor]) -> None:
+    """See :func:`ttt_fast.ops.copy_`; both lists are on one device, pair by pair."""
+    for table in pointer_tables([dsts, srcs], CHUNK, {0: "dsts"}):
+        _kernels().copy_(
+            _columns(table), table.dtypes[0].itemsize, table.aligned,
+            stream=_stream(table.pointers.device),
+        )  # fmt: skip
+
+
+def undo_restore_(
+    params: Sequence[Tensor], undo: Sequence[Tensor], undo_offsets: Sequence[int]
+) -> None:
+    """See :func:`ttt_fast.ops.undo_restore_`."""
+    slots = UNDO_CHUNK * len(undo[3])
+    for first in range(0, slots, RESTORE_SLOTS):
+        oldest = undo[0].new_full((min(RESTORE_SLOTS, slots - first),), -1)
+        for table in pointer_tables([params], CHUNK, {0: "params"}):
+            log = _undo(undo, undo_offsets, params, table)
+            if log:
+                stream = _stream(oldest.device)
+                _kernels().undo_restore_(_columns(table), log, oldest, first, stream=stream)
