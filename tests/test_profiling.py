@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from ttt_fast import profiling
+from tests.families import tiny_model
+from tests.loops import prompt_ids
+from ttt_fast import TTTConfig, TTTTrainer, profiling
 from ttt_fast.profiling import Phases
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
@@ -59,3 +62,46 @@ def test_a_system_without_proc(monkeypatch, tmp_path):
         torch.ones(1)
     assert phases.peak_bytes == {"forward": None}
     assert phases.ms["forward"] > 0
+
+
+class FakeNvtx:
+    """Ranges as Nsight would show them, each with those that it is in."""
+
+    def __init__(self):
+        self.seen, self._open = [], []
+
+    @contextmanager
+    def range(self, name):
+        self._open.append(name)
+        self.seen.append(" > ".join(self._open))
+        try:
+            yield
+        finally:
+            assert self._open.pop() == name
+
+
+@pytest.mark.parametrize("engine", ["dense", "factored"])
+def test_ranges_of_an_adaptation(monkeypatch, engine):
+    nvtx = FakeNvtx()
+    monkeypatch.setattr(torch.cuda, "nvtx", nvtx)
+    cuda, annotate = torch.device("cuda"), profiling.annotate
+    monkeypatch.setattr(profiling, "annotate", lambda name, device: annotate(name, cuda))
+    trainer = TTTTrainer(tiny_model("llama"), TTTConfig(steps=2, engine=engine))
+    with trainer.adapt(prompt_ids(5)):
+        pass
+    step = [
+        "adapt > step",
+        "adapt > step > forward",
+        "adapt > step > backward",
+        "adapt > step > update",
+        "adapt > step > update > norm",
+    ]
+    assert nvtx.seen == ["adapt", "adapt > snapshot", *step, *step, "restore"]
+
+
+def test_no_ranges_on_a_cpu(monkeypatch):
+    nvtx = FakeNvtx()
+    monkeypatch.setattr(torch.cuda, "nvtx", nvtx)
+    with TTTTrainer(tiny_model("llama"), TTTConfig(steps=1)).adapt(prompt_ids(5)):
+        pass
+    assert nvtx.seen == []

@@ -100,7 +100,7 @@ class Adaptation:
     @staticmethod
     def of(session: Session) -> Adaptation:
         """What a session has come to, as its engine keeps it."""
-        histories = [session.history(delta) for delta in range(session.n_deltas)]
+        histories = [session.history.of(delta) for delta in range(session.n_deltas)]
         fields = {
             "model": session.model,
             "config": session.config,
@@ -117,7 +117,7 @@ class Adaptation:
         for track in session.engine.tracks:
             track.coefficients = Trajectory.of(track.coefficients)
         # The step of the session with which each step of a delta ended.
-        ends = [[number for number, _, _ in entries] for entries in session._history]
+        ends = [session.history.steps(delta) for delta in range(session.n_deltas)]
         return FactoredAdaptation(**fields, ends=ends)
 
     @staticmethod

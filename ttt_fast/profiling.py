@@ -1,10 +1,10 @@
-"""Wall time and peak memory of the phases of an adaptation."""
+"""Wall time and peak memory of the phases of an adaptation, and their names on a GPU's timeline."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,12 +34,17 @@ def _reset_peak_resident() -> bool:
     return True
 
 
+def annotate(name: str, device: torch.device) -> AbstractContextManager[None]:
+    """Show the body as a range of that name on Nsight's timeline; nothing where there is no GPU."""
+    return torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext()
+
+
 class Phases:
     """Accumulate milliseconds and peak bytes of named phases, ``with phases("forward"): ...``.
 
     On the CPU time is wall time and memory is the peak of the resident set (Linux only); on CUDA
     time is between two events on the current stream, read without a synchronisation until asked
-    for, and memory is the allocator's.
+    for, and memory is the allocator's. There a phase is a range of Nsight's timeline, too.
 
     Args:
         device: where the work runs.
@@ -68,6 +73,11 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Measure the body as (one more part of) phase ``name``, also when it raises."""
+        with annotate(name, self.device), self._measured(name):
+            yield
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -334,6 +334,13 @@ def _inside_layers(
     return [tensor for tensor in chosen if index.get(tensor) in wanted]
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's decoder layers in their order; none if it has no stack of them, or several."""
+    found = {match[1] for name, _ in model.named_parameters() if (match := _LAYER.search(name))}
+    stack = model.get_submodule(found.pop()) if len(found) == 1 else None
+    return list(stack) if isinstance(stack, nn.ModuleList) else []
+
+
 def _layer_indices(layers: Layers, n_layers: int) -> set[int]:
     """Resolve `layers` to indices from 0 to n_layers - 1 by Python's indexing rules."""
     if isinstance(layers, str):

@@ -21,14 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ttt_fast import profiling
 from ttt_fast.batch import Batch, complete_batch, forward_arguments
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.engines.policy import Choice
+from ttt_fast.engines.prefix import FrozenPrefix
+from ttt_fast.history import History
 from ttt_fast.objective import Objective, reduce_rows
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
+from ttt_fast.scope import decoder_layers
 
 if TYPE_CHECKING:
     from ttt_fast.adaptation import Adaptation
@@ -102,10 +106,14 @@ class Session:
         self.phases = Phases(param.device)
         self._dtype = compute_dtype(param.dtype)
         self.steps = 0
-        self._history: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(n_deltas)]
+        self.history = History(n_deltas, self._dtype, self.phases.device)
         self._found_inf = torch.zeros(n_deltas, device=self.phases.device)
-        self._checked = [0] * n_deltas
+        # Elsewhere than on a CPU a look at the losses waits for everything before it.
+        on_cpu = self.phases.device.type == "cpu"
+        self._check_every = config.check_every or (1 if on_cpu else max(1, config.steps))
         self._arguments = forward_arguments(model)
+        # With dropout the same layers give something else at every step.
+        self._prefix = FrozenPrefix([] if config.dropout else decoder_layers(model))
         self._open = True
         hold(model, self)
         try:
@@ -140,19 +148,17 @@ class Session:
         Checking a batch and dividing it by delta waits for the device; this does not.
         """
         self._require_open()
-        losses = self._nan_per_delta()
-        norms = self._nan_per_delta()
-        with self._unharmed():
+        with self._unharmed(), profiling.annotate("step", self.phases.device):
             self.steps += 1
+            row = self.history.open_step()
             for deltas, rows in parts:
-                step_losses, step_norms = self._step_together(deltas, rows)
-                for delta, loss, norm in zip(deltas, step_losses, step_norms, strict=True):
-                    self._history[delta].append((self.steps, loss, norm))
-                    losses[delta], norms[delta] = loss, norm
+                span = slice(deltas[0], deltas[-1] + 1)
+                row[0, span], row[1, span] = self._step_together(deltas, rows)
             self.engine.finish_step(self._found_inf)
-            if self.steps % self.config.check_every == 0:
+            self.history.close_step(row, [delta for deltas, _ in parts for delta in deltas])
+            if self.steps % self._check_every == 0:
                 self._check()
-        return StepReport(self.steps, losses, norms)
+        return StepReport(self.steps, *row)
 
     @torch.inference_mode(False)
     def loss(self, batch: Batch) -> Tensor:
@@ -163,9 +169,9 @@ class Session:
         with self._unharmed():
             for deltas, rows in self.parts(batch):
                 with self.engine.showing(deltas):
-                    losses[list(deltas)] = evaluate(
+                    losses[deltas[0] : deltas[-1] + 1] = evaluate(
                         self.model, rows, self.objective, self._arguments, len(deltas)
-                    ).to(losses)
+                    )
         return losses
 
     def end(self) -> Adaptation:
@@ -203,18 +209,6 @@ class Session:
         """(D,) bool: a step was not finite; the delta stays as it was before it."""
         return self._found_inf != 0
 
-    def history(self, delta: int) -> tuple[Tensor, Tensor]:
-        """Losses and gradient norms of a delta's steps so far, (steps,) each."""
-        entries = self._history[delta]
-        if not entries:
-            empty = self._nan_per_delta()[:0]
-            return empty, empty.clone()
-        _, losses, norms = zip(*entries, strict=True)
-        return tuple(
-            torch.stack([v.to(compute_dtype(v.dtype)) for v in values])
-            for values in (losses, norms)
-        )
-
     def _step_together(self, deltas: tuple[int, ...], rows: Batch) -> tuple[Tensor, Tensor]:
         """Forward, backward and update of some deltas; returns (losses, norms), (n,) each."""
         engine = self.engine
@@ -222,6 +216,7 @@ class Session:
             uninterrupted() as held,
             training(self.model, engine, dropout_seed=self._dropout_seed(deltas[0])),
             engine.recording(deltas, rows),
+            self._prefix.reused(rows),
         ):
             with self.phases("forward"), held.released():
                 outputs = self.model(**rows.model_inputs(self._arguments))
@@ -262,14 +257,9 @@ class Session:
 
     def _check(self) -> None:
         """Look at the losses and norms since the last look; only here the device is waited for."""
-        if self.keep_diverged:
-            return
-        for delta, entries in enumerate(self._history):
-            for i in range(self._checked[delta], len(entries)):
-                _, loss, norm = entries[i]
-                if not (bool(torch.isfinite(loss)) and bool(torch.isfinite(norm))):
-                    raise self._diverged(i + 1, delta, float(loss), float(norm))
-            self._checked[delta] = len(entries)
+        found = None if self.keep_diverged else self.history.first_not_finite()
+        if found is not None:
+            raise self._diverged(*found)
 
     def _diverged(self, step: int, delta: int, loss: float, norm: float) -> DivergedError:
         name = f" of delta {delta}" if self.n_deltas > 1 else ""
@@ -302,6 +292,7 @@ class Session:
 
     def _release(self) -> None:
         self._open = False
+        self._prefix.forget()
         release(self.model)
 
 

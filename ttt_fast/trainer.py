@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ttt_fast import calibration
+from ttt_fast import calibration, profiling
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.batch import Batch, as_prompts, complete_batch, context_length, pad_rows
 from ttt_fast.config import Schedule, TTTConfig
@@ -313,6 +313,7 @@ class TTTTrainer:
         """All steps of all deltas of a complete batch."""
         try:
             with (
+                profiling.annotate("adapt", self.selections[0].param.device),
                 begin() as session,
                 tqdm(
                     total=session.n_deltas * self.config.steps,

@@ -238,9 +238,9 @@ class Workload:
         return max(4, self.itemsize)
 
     @property
-    def forward_weights(self) -> int:
-        """Weights that a forward multiplies by."""
-        return sum(x.count * x.out * x.in_ for x in self._linears)
+    def forward_weights(self) -> float:
+        """Weights that a forward multiplies by, the mean over the steps."""
+        return sum(self._calls(x) * x.out * x.in_ for x in self._linears)
 
     @property
     def backward_weights(self) -> int:
@@ -263,9 +263,9 @@ class Workload:
         return sum(x.count * x.adapted_out for x in self.layers if x.kind == "vector")
 
     @property
-    def width(self) -> int:
-        """Σ in + out of all linears, which activations and elementwise work grow with."""
-        return sum(x.count * (x.out + x.in_) for x in self._linears)
+    def width(self) -> float:
+        """Σ in + out of the linears of a step, which elementwise work grows with."""
+        return sum(self._calls(x) * (x.out + x.in_) for x in self._linears)
 
     @property
     def saved_width(self) -> int:
@@ -285,14 +285,19 @@ class Workload:
         return inputs + outputs
 
     @property
-    def modules(self) -> int:
-        """Calls of linear modules in a forward."""
-        return sum(x.count for x in self._linears)
+    def modules(self) -> float:
+        """Calls of linear modules in a step."""
+        return sum(self._calls(x) for x in self._linears)
 
     @property
     def adapted_modules(self) -> int:
         """Calls of modules of any kind that train."""
         return sum(x.count for x in self.layers if x.adapted_out)
+
+    def _calls(self, layer: Layer) -> float:
+        """How often a layer runs in a step, in the mean: what nothing adapted reaches, once."""
+        reached = layer.differentiated or layer.adapted_out
+        return layer.count * (1 if reached else 1 / max(1, self.steps))
 
     @property
     def _linears(self) -> list[Layer]:

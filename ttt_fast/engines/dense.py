@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ttt_fast import ops
+from ttt_fast import ops, profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.gradients import GradientBuffers
 from ttt_fast.engines.groups import group_config, group_of_each
+from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.products import (
     Block,
     Gradient,
@@ -90,6 +91,9 @@ class DenseEngine:
         self._groups = group_of_each(model, self.selections, config)
         # Once: settings are checked whenever they are made.
         self._group_configs = {group: group_config(config, group) for group in set(self._groups)}
+        # rounding="torch" promises the bits of the model's own code, gradients included.
+        stock = config.rounding == "torch" or hasattr(model, "_orig_mod")
+        self._pieces = [] if stock else list(pieces_of(model, config.backend, lambda x: False))
         self._states: list[_DeltaState] = []
         self._spare: list[_DeltaState] = []
         self.resident: int | None = None
@@ -179,7 +183,7 @@ class DenseEngine:
     def recording(self, deltas: Sequence[int], rows: Batch) -> Iterator[None]:
         """Record one forward and backward of a delta on its rows."""
         self.make_resident(deltas[0])
-        with self.gradients.recording():
+        with self.gradients.recording(), standing_in(self._pieces):
             yield
 
     def finish_step(self, found_inf: Tensor) -> None:
@@ -201,7 +205,8 @@ class DenseEngine:
         (delta,) = deltas
         found_inf = found_inf[delta]
         gradients = self.gradients.collect()
-        norm = self._norm([g for g in gradients if g is not None])
+        with profiling.annotate("norm", self.views[0].device):
+            norm = self._norm([g for g in gradients if g is not None])
         found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(norm)).to(found_inf)))
         state = self._states[delta]
         alike: dict[tuple[int, int, torch.device], list[int]] = {}

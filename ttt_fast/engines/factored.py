@@ -9,6 +9,7 @@ give the modules their ``forward`` back.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ttt_fast import profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.factors import Inputs, MatrixFactors, Rows, Track, VectorFactors
 from ttt_fast.engines.groups import group_config, group_of_each
-from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite, NormSite
+from ttt_fast.engines.norms import NormSite
+from ttt_fast.engines.pieces import GluPiece, NormPiece, pieces_of
+from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
 from ttt_fast.reference import compute_dtype
 from ttt_fast.scope import Selection
 from ttt_fast.sgd import Coefficients, clip_coefficient
+
+Site = LinearSite | EmbeddingSite | NormSite | NormPiece | GluPiece
 
 
 class FactoredEngine:
@@ -51,7 +57,9 @@ class FactoredEngine:
         self.config = config
         self.device = self.selections[0].param.device
         self.dtype = compute_dtype(self.selections[0].param.dtype)
-        self.desk = Desk(self.selections[0].param, config.backend, self._new_inputs)
+        # Weakly: the buffers, gigabytes maybe, go with the engine, not when Python next looks.
+        new_inputs = weakref.WeakMethod(self._new_inputs)
+        self.desk = Desk(self.selections[0].param, config.backend, lambda x: new_inputs()(x))
         reasons = unsupported(model, self.selections)
         if reasons:
             raise ValueError(
@@ -110,6 +118,8 @@ class FactoredEngine:
         try:
             for site in self._sites:
                 if "forward" in vars(site.module):
+                    if isinstance(site, NormPiece | GluPiece):
+                        continue
                     raise ValueError(
                         f"{site.name} has a forward of its own on the instance (accelerate's hooks"
                         " set one), which cannot be replaced. Use engine='dense'."
@@ -218,10 +228,11 @@ class FactoredEngine:
                 )
         span = slice(deltas[0], deltas[-1] + 1)
         squared = torch.zeros(len(deltas), dtype=torch.float64, device=self.device)
-        for factors in self.factors:
-            if factors.close_forward(span):
-                squared += factors.squared_norm(span).to(squared.device)
-                self._reached.setdefault(id(factors), set()).update(deltas)
+        with profiling.annotate("norm", self.device):
+            for factors in self.factors:
+                if factors.close_forward(span):
+                    squared += factors.squared_norm(span).to(squared.device)
+                    self._reached.setdefault(id(factors), set()).update(deltas)
         norms = squared.sqrt().to(self.dtype)
         broken = ~torch.isfinite(norms) | (found_inf[span] != 0)
         if broken.device.type != "cpu" or bool(broken.any()):
@@ -272,11 +283,19 @@ class FactoredEngine:
                 )
 
     def _advance(self, track: Track, reached: frozenset[int], clip: Tensor, finite: Tensor) -> None:
-        active = torch.tensor([d in reached for d in range(self.n_deltas)], device=self.device)
+        active = self._filled([d in reached for d in range(self.n_deltas)], torch.bool)
         configs = self._group_configs[track.group]
         rates = [config.lr_at(steps) for config, steps in zip(configs, self._steps_of, strict=True)]
-        lr = torch.tensor(rates, dtype=torch.float64).to(self.device)
+        lr = self._filled(rates, torch.float64)
         track.coefficients.advance(clip, lr, active & finite)
+
+    def _filled(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """Numbers of the host on the device, (D,): filled in there, where a copy would wait."""
+        tensor = torch.full((len(values),), values[0], dtype=dtype, device=self.device)
+        for i, value in enumerate(values[1:], 1):
+            if value != values[0]:
+                tensor[i].fill_(value)
+        return tensor
 
     def _split(self, track: Track, members: list[MatrixFactors | VectorFactors]) -> None:
         """Give some parameters of a track coefficients of their own, equal so far."""
@@ -416,7 +435,7 @@ def _reason(module: nn.Module, selection: Selection) -> str | None:
 
 def take_over(
     model: nn.Module, selections: Sequence[Selection], desk: Desk, backend: str
-) -> tuple[list[MatrixFactors | VectorFactors], list[LinearSite | EmbeddingSite | NormSite]]:
+) -> tuple[list[MatrixFactors | VectorFactors], list[Site]]:
     """Factors of each selection, and what stands in for the modules that own them."""
     by_id = {id(selection.param): selection for selection in selections}
     owners: dict[int, list[nn.Module]] = {param: [] for param in by_id}
@@ -434,12 +453,15 @@ def take_over(
                 embeds=any(_is_embedding(m) for m in owners[param]),
                 backend=backend,
             )
-    sites: list[LinearSite | EmbeddingSite | NormSite] = []
+    sites: list[Site] = []
     for name, module, own in owning_modules(model, by_param):
         if _is_linear(module):
             sites.append(LinearSite(name, module, own.get("weight"), own.get("bias"), desk))
         elif _is_embedding(module):
             sites.append(EmbeddingSite(name, module, own["weight"], desk))
         else:
-            sites.append(NormSite(name, module, own, desk))
+            sites.append(NormSite(name, module, own, desk, backend))
+    taken = {id(site.module) for site in sites}
+    pieces = pieces_of(model, backend, desk.is_differentiated)
+    sites += [piece for piece in pieces if id(piece.module) not in taken]
     return list(by_param.values()), sites

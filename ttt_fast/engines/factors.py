@@ -36,7 +36,7 @@ class Rows:
 
     def __init__(self, n_deltas: int) -> None:
         self.lengths = (0,) * n_deltas
-        self._entries: tuple[tuple[int, int, int, int], ...] = ()  # step, first, last, count
+        self._origin: tuple[Rows, int, slice, int] | None = None  # what was appended to what
         self._successors: dict[tuple[int, int, int, int], Rows] = {}
         self._columns: Tensor | None = None
 
@@ -49,7 +49,7 @@ class Rows:
                 length + count if deltas.start <= d < deltas.stop else length
                 for d, length in enumerate(self.lengths)
             )
-            successor._entries = (*self._entries, entry)
+            successor._origin = self, step, deltas, count
             self._successors[entry] = successor
         return self._successors[entry]
 
@@ -65,13 +65,19 @@ class Rows:
     def columns(self, device: torch.device) -> Tensor:
         """(D, longest) step of each row; -1 behind the rows of a shorter delta."""
         if self._columns is None:
-            table = torch.full((len(self.lengths), max(self.lengths)), -1, dtype=torch.int64)
-            ends = [0] * len(self.lengths)
-            for step, first, last, count in self._entries:
-                for d in range(first, last):
-                    table[d, ends[d] : ends[d] + count] = step
-                    ends[d] += count
-            self._columns = table.to(device)
+            shape = len(self.lengths), max(self.lengths)
+            # Filled on the device: a table from the host would be an upload in every step.
+            table = torch.full(shape, -1, dtype=torch.int64, device=device)
+            if self._origin is not None:
+                earlier, step, deltas, count = self._origin
+                table[:, : max(earlier.lengths)] = earlier.columns(device)
+                start = earlier.start(deltas)
+                if isinstance(start, int):
+                    table[deltas, start : start + count].fill_(step)
+                else:
+                    for d, first in zip(range(deltas.start, deltas.stop), start, strict=True):
+                        table[d, first : first + count].fill_(step)
+            self._columns, self._origin = table, None
         return self._columns
 
 
@@ -148,8 +154,10 @@ class RowBuffer:
 
     def blank(self, deltas: slice, start: Start, count: int, where: Tensor) -> None:
         """Write zeros to the rows of the deltas for which ``where`` (n,) is true."""
-        starts = [start] * len(where) if isinstance(start, int) else start
-        for i, first in enumerate(starts):
+        if isinstance(start, int):
+            self._data[deltas, start : start + count].masked_fill_(where[:, None, None], 0)
+            return
+        for i, first in enumerate(start):
             rows = self._data[deltas.start + i, first : first + count]
             rows.masked_fill_(where[i], 0)
 

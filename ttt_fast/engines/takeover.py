@@ -147,6 +147,10 @@ class Desk:
         self.newest: Inputs | None = None
         self.new_inputs = new_inputs
 
+    def is_differentiated(self, x: Tensor) -> bool:
+        """Whether someone takes a gradient through the adapted model, which needs torch's own."""
+        return not self.layout.recording and x.requires_grad and torch.is_grad_enabled()
+
 
 def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """delta_linear whose large products go through oneDNN, which has bfloat16 arithmetic.
@@ -201,7 +205,7 @@ class LinearSite:
     def forward(self, x: Tensor) -> Tensor:
         """The module's forward with the deltas of the layout."""
         layout = self.desk.layout
-        bias = None if self.bias is None else _vector(self.bias, layout)
+        bias = None if self.bias is None else effective_vector(self.bias, layout)
         if self.matrix is None:
             weight = self.module.weight.detach()
             y = F.linear(x, weight.t() if isinstance(self.module, Conv1D) else weight)
@@ -218,9 +222,8 @@ class LinearSite:
         rho = layout.rho(matrix.track, self.desk.wide)
         X, dY, beta = self._earlier(x, layout)
         if matrix.selection.rows is None:
-            # Whoever takes a gradient through the adapted model needs operations of torch.
-            through = x.requires_grad and torch.is_grad_enabled()
-            op = reference.delta_linear if through else self.desk.delta_linear
+            differentiated = self.desk.is_differentiated(x)
+            op = reference.delta_linear if differentiated else self.desk.delta_linear
             y = op(x, matrix.weight, X, dY, beta, rho)
         else:
             y = F.linear(x, matrix.weight)
@@ -415,61 +418,12 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class NormSite:
-    """Stands in for the ``forward`` of a norm: its own code, with a weight for each delta."""
-
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        vectors: dict[str, VectorFactors],
-        desk: Desk,
-    ) -> None:
-        self.name, self.module, self.vectors, self.desk = name, module, vectors, desk
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The module's forward with the deltas of the layout; in the dtype of x."""
-        layout, module = self.desk.layout, self.module
-        rows = layout.split(x, self.name)
-        mask = layout.mask_for(rows.shape[1]) if layout.recording else None
-        if mask is not None:
-            # The gradient of a norm's weight sums over tokens: padding must not be among them.
-            rows = torch.where(mask, rows, 0)
-        values = {name: _vector(v, layout)[:, None] for name, v in self.vectors.items()}
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            y = self._normalise(rows.to(self.desk.wide), values)
-        else:
-            y = self._substitute(rows, values)
-        return y.to(x.dtype).view(x.shape)
-
-    def _normalise(self, rows: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """Norms of torch take one weight for the whole batch, so it is applied afterwards."""
-        module = self.module
-        if isinstance(module, nn.LayerNorm):
-            y = F.layer_norm(rows, module.normalized_shape, None, None, module.eps)
-        else:
-            y = F.rms_norm(rows, module.normalized_shape, None, module.eps)
-        y = y * values.get("weight", module.weight)
-        bias = values.get("bias", getattr(module, "bias", None))
-        return y if bias is None else y + bias
-
-    def _substitute(self, rows: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """Run the model's own code with another weight; it broadcasts over (n, tokens, width)."""
-        own = vars(self.module)
-        try:
-            own.update(values)
-            return type(self.module).forward(self.module, rows)
-        finally:
-            for name in values:
-                own.pop(name, None)
-
-
 def _scores(x: Tensor, rows: Tensor, beta: Tensor) -> Tensor:
     """−(x rowsᵀ)∘β, (n, M, R)."""
     return batched_product(x, rows.transpose(1, 2)).mul_(-beta[:, None])
 
 
-def _vector(vector: VectorFactors, layout: Layout) -> Tensor:
+def effective_vector(vector: VectorFactors, layout: Layout) -> Tensor:
     """The effective bias or norm weight of each delta, (n, size); a leaf while recording."""
     if layout.recording and vector.current_leaf is not None:
         return vector.current_leaf

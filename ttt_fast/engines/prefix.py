@@ -1,0 +1,134 @@
+"""The frozen prefix: decoder layers that nothing adapted reaches, computed once for a batch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from ttt_fast.batch import Batch
+
+
+@dataclass
+class _Kept:
+    """What the first forward on a batch found out."""
+
+    rows: weakref.ref[Batch]
+    versions: list[int]
+    n_layers: int = 0
+    hidden: Tensor | None = None  # of the last of these layers, (N, T, D)
+
+
+class FrozenPrefix:
+    """Keeps the hidden states that frozen layers give, and skips the layers in later steps.
+
+    Autograd says which layers these are: all up to the last whose output needs no gradient when a
+    batch comes for the first time. They see the same tokens with the same weights in every later
+    step on that batch, so what they gave is what they would give, bit for bit.
+
+    A layer in which somebody watches (forward hooks), that has a forward of its own on the
+    instance, or that returns more than its hidden states, runs every time, with all above it.
+
+    Args:
+        layers: the model's decoder layers; of none, none is skipped.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._kept: dict[int, _Kept] = {}
+
+    def n_layers(self, rows: Batch) -> int:
+        """How many layers a further forward on a batch skips."""
+        kept = self._find(rows)
+        return 0 if kept is None else kept.n_layers
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._kept.clear()
+
+    @contextmanager
+    def reused(self, rows: Batch) -> Iterator[None]:
+        """Around a forward that is differentiated; the same object comes again in later steps."""
+        kept = self._find(rows)
+        if not _can_be_known_again(rows):
+            yield
+        elif kept is None:
+            kept = _Kept(weakref.ref(rows), _versions(rows))
+            with self._watched(kept):
+                yield
+            key = id(rows)
+            self._kept[key] = kept
+            weakref.finalize(rows, self._kept.pop, key, None).atexit = False
+        elif not kept.n_layers:
+            yield
+        else:
+            with self._skipped(kept):
+                yield
+
+    def _find(self, rows: Batch) -> _Kept | None:
+        kept = self._kept.get(id(rows))
+        found = kept is not None and kept.rows() is rows and kept.versions == _versions(rows)
+        return kept if found else None
+
+    @contextmanager
+    def _watched(self, kept: _Kept) -> Iterator[None]:
+        """Note the outputs of the layers, from the first on, that need no gradient."""
+
+        def look(layer: nn.Module, args: Any, output: Any) -> None:
+            follows = kept.n_layers < len(self._layers) and self._layers[kept.n_layers] is layer
+            if follows and isinstance(output, Tensor) and not output.requires_grad:
+                kept.n_layers, kept.hidden = kept.n_layers + 1, output
+
+        handles = []
+        try:
+            for layer in self._layers:
+                if _is_watched(layer):
+                    break
+                handles.append(layer.register_forward_hook(look))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if kept.hidden is not None:
+            kept.hidden = kept.hidden.detach().clone()
+
+    @contextmanager
+    def _skipped(self, kept: _Kept) -> Iterator[None]:
+        """Let the layers return what the last of them gave."""
+
+        def again(*args: Any, **kwargs: Any) -> Tensor:
+            # A copy, as a layer above may write into its input.
+            return kept.hidden.clone()
+
+        skipped = self._layers[: kept.n_layers]
+        try:
+            for layer in skipped:
+                layer.forward = again
+            yield
+        finally:
+            for layer in skipped:
+                vars(layer).pop("forward", None)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return "forward" in vars(layer) or any(
+        module._forward_hooks or module._forward_pre_hooks for module in layer.modules()
+    )
+
+
+def _tensors(rows: Batch) -> list[Tensor]:
+    values = (getattr(rows, field.name) for field in fields(rows))
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _can_be_known_again(rows: Batch) -> bool:
+    """Whether a change of the batch would show; a cache in front of the rows may grow."""
+    return rows.past_key_values is None and not any(t.is_inference() for t in _tensors(rows))
+
+
+def _versions(rows: Batch) -> list[int]:
+    return [tensor._version for tensor in _tensors(rows)]
