@@ -12,12 +12,16 @@ from typing import Any
 
 from ttt_fast import TTTConfig
 from ttt_fast.audit import DEFAULT_LRS, DEFAULT_STEPS, MODES, VARIED
+from ttt_fast.study.grid import Grid
+from ttt_fast.study.tasks import TASKS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a command line cannot express; the library takes it.
 _NOT_OPTIONS = ("param_groups",)
 # What an audit varies by itself, and what has to be as it is for that.
 _AUDITED = (*VARIED, "snapshot")
+# What a study varies, and what it has an option of its own for.
+_VARIED_BY_STUDY = (*(axis.name for axis in fields(Grid)), "seed")
 _MODEL_HELP = 'folder, hub name, or "demo" for SmolLM2-135M-Instruct'
 _PROMPT_HELP = 'text, or "-" for stdin; with "demo" there is a default'
 _JSON_HELP = "print one JSON object and nothing else"
@@ -35,10 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ttt-fast", description="Adapt a language model to a prompt and have its weights back."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="adapt|audit|doctor")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="adapt|audit|study|doctor"
+    )
     _add_adapt(commands.add_parser("adapt", help="adapt a model to a prompt and let it continue"))
     about = "how much of an update reaches the weights, by learning rate and rounding"
     _add_audit(commands.add_parser("audit", help=about))
+    about = "does adapting help on a task, and with which settings"
+    _add_study(commands.add_parser("study", help=about))
     about = "versions, backends, and the memory that a run would need"
     _add_doctor(commands.add_parser("doctor", help=about))
     return parser
@@ -89,6 +97,53 @@ def _add_audit(audit: argparse.ArgumentParser) -> None:
     )
     _add_run_options(audit, plot="table")
     _add_settings(audit, dtype="bfloat16", without=_AUDITED, steps=DEFAULT_STEPS)
+
+
+def study_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The axes of a study that were given, and the other settings of TTTConfig."""
+    axes = {f.name: tuple(getattr(args, f.name)) for f in fields(Grid) if hasattr(args, f.name)}
+    others = {k: v for k, v in settings(args).items() if k not in _VARIED_BY_STUDY}
+    return axes, others
+
+
+def _add_study(study: argparse.ArgumentParser) -> None:
+    study.add_argument("task", metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    study.add_argument("--model", required=True, help=_MODEL_HELP)
+    study.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines")
+    study.add_argument(
+        "--out",
+        type=Path,
+        default=Path("study"),
+        metavar="DIR",
+        help="folder of results and report; a run that was interrupted goes on there"
+        " (default study)",
+    )
+    study.add_argument("--prompts", type=int, metavar="N", help="how many (default all)")
+    study.add_argument("--seed", type=int, default=0, help="of the draw of prompts (default 0)")
+    study.add_argument("--sha256", metavar="PREFIX", help="refuse a file with another hash")
+    study.add_argument("--max-new-tokens", type=int, help="of answers (default the task's)")
+    study.add_argument(
+        "--delta-norm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure how far the weights moved; on long trajectories as slow as the steps",
+    )
+    study.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
+    study.add_argument("--plan", action="store_true", help="show the plan and stop")
+    study.add_argument("--device", default=None, help="default cuda if there is one, else cpu")
+    axes = study.add_argument_group("settings to try, each with every other")
+    defaults = Grid()
+    kinds = {"steps": int, "optimizer": str, "scope": str, "max_grad_norm": _or_none(float)}
+    for axis in fields(Grid):
+        shown = " ".join(str(v).lower() for v in getattr(defaults, axis.name))
+        axes.add_argument(
+            "--" + axis.name.replace("_", "-"),
+            nargs="+",
+            type=kinds.get(axis.name, float),
+            default=argparse.SUPPRESS,
+            help=f"default {shown}",
+        )
+    _add_settings(study, without=(*_VARIED_BY_STUDY, "check_every"))
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``ttt-fast adapt``, ``ttt-fast audit`` and ``ttt-fast doctor``.
+"""The command line: ``ttt-fast adapt``, ``audit``, ``study`` and ``doctor``.
 
 Results go to stdout (with ``--json`` nothing else does), progress to stderr. Exit codes: 0 done,
 1 it ran and failed (diverged, or the weights did not come back), 2 bad input, 130 interrupted.
@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, doctor
-from ttt_fast.arguments import build_parser, settings
+from ttt_fast.arguments import build_parser, settings, study_settings
 from ttt_fast.audit import audit
 from ttt_fast.batch import complete_batch
 from ttt_fast.comparison import Run, page, page_of_several, plot, ratios
 from ttt_fast.demo import DEFAULT_PROMPT, load_demo_model
 from ttt_fast.naive import naive_adapt, prompt_loss
+from ttt_fast.study import Grid, ResultsError, study
+from ttt_fast.study.figures import require_matplotlib
+from ttt_fast.study.shards import first_process
 
 # What Hugging Face raises for a name, a folder or files that it can do nothing with.
 _NOT_A_MODEL = (OSError, ValueError, ModuleNotFoundError)
@@ -42,7 +45,7 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    command = {"adapt": _adapt, "audit": _audit, "doctor": _doctor}[args.command]
+    command = {"adapt": _adapt, "audit": _audit, "study": _study, "doctor": _doctor}[args.command]
     try:
         return command(args)
     except CommandError as error:
@@ -367,6 +370,58 @@ def _audit(args: argparse.Namespace) -> int:
         report.plot(args.plot)
         print(f"plot: {args.plot}", file=sys.stderr if args.json else sys.stdout)
     return 0 if report.restored else 1
+
+
+# ---------------------------------------------------------------------------- study
+
+
+def _study(args: argparse.Namespace) -> int:
+    with _bad_input(ValueError, TypeError, ModuleNotFoundError):
+        require_matplotlib()
+        axes, options = study_settings(args)
+        grid = Grid(**axes)
+    with redirect_stdout(sys.stderr), _resumable(args.out):
+        model, tokenizer = _load(args.model, args.dtype, args.device)
+        hash_before = parameter_hash(model)
+        with _bad_input(OSError, ValueError, TypeError, ResultsError):
+            report = study(
+                args.task,
+                model,
+                tokenizer,
+                args.data,
+                args.out,
+                grid=grid,
+                prompts=args.prompts,
+                seed=args.seed,
+                chat=args.chat,
+                max_new_tokens=args.max_new_tokens,
+                delta_norm=args.delta_norm,
+                sha256=args.sha256,
+                name=args.model,
+                show=print,
+                only_plan=args.plan,
+                progress=True,
+                **options,
+            )
+            writes = first_process() and not args.plan
+            files = report.write(args.out) if writes else []
+        came_back = parameter_hash(model) == hash_before
+    if files:
+        print(report)
+        print("\n".join(["", *map(str, files)]))
+    if not came_back:
+        print("ttt-fast: THE WEIGHTS DID NOT COME BACK", file=sys.stderr)
+    return 0 if came_back else 1
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say on Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nttt-fast: interrupted; the same command goes on from what is in {folder}")
+        raise
 
 
 # ---------------------------------------------------------------------------- doctor

@@ -1,0 +1,305 @@
+"""What a study found, as tables, CSV files, figures and one page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ttt_fast.study.analysis import PREDICTORS, Analysis, Cell, groups_of
+from ttt_fast.study.grid import Setting
+from ttt_fast.study.intervals import Estimate
+from ttt_fast.study.results import (
+    ResultsError,
+    key_of,
+    read_configuration,
+    read_lines,
+    write_atomically,
+)
+from ttt_fast.study.tasks import Task, find_task
+
+_SETTING_HEADS = ("optimizer", "lr", "weight_decay", "momentum", "max_grad_norm", "scope")
+
+
+class StudyReport:
+    """What :func:`study` found; ``print(report)`` shows the main table.
+
+    Args:
+        lines: results, in any order and from any number of processes.
+        configuration: of the folder.
+        plan: the plan's page, with what was skipped.
+    """
+
+    def __init__(
+        self, lines: Iterable[Mapping[str, Any]], configuration: Mapping[str, Any], plan: str = ""
+    ) -> None:
+        # In one order whoever wrote them, so that a report of the same results is the same bytes.
+        unique = {key_of(line): line for line in lines}
+        self.lines = [unique[key] for key in sorted(unique, key=_order)]
+        self.configuration = configuration
+        self.plan = plan
+
+    @classmethod
+    def read(cls, folder: str | Path) -> StudyReport:
+        """The report of what a folder has so far; the study may still be running.
+
+        Raises:
+            ResultsError: it is no study's folder, or has no results yet.
+        """
+        configuration = read_configuration(Path(folder))
+        lines = list(read_lines(Path(folder)))
+        if not lines:
+            raise ResultsError(f"{folder}: there are no results yet. Run the study first.")
+        return cls(lines, configuration)
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return find_task(self.configuration["identity"]["task"])
+
+    @cached_property
+    def analyses(self) -> dict[str, Analysis]:
+        """The curves of each metric."""
+        return {metric: Analysis(self.lines, metric) for metric in self.task.metrics}
+
+    def groups(self, metric: str) -> dict[str, Analysis]:
+        """The curves of each group of prompts, where there are groups."""
+        return {g: Analysis(self.lines, metric, g) for g in groups_of(self.lines)}
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts that there are results of."""
+        return len({line["prompt"] for line in self.lines})
+
+    @property
+    def n_diverged(self) -> int:
+        """Trajectories that diverged at some step."""
+        diverged = (line for line in self.lines if line["diverged_at"] is not None)
+        return len({key_of(line)[:2] for line in diverged})
+
+    # ------------------------------------------------------------------ tables
+
+    def __str__(self) -> str:
+        return self.page()
+
+    def page(self) -> str:
+        """The report for a terminal: a line for each setting and metric, and what loss tells."""
+        parts = [self.heading()]
+        for metric, words in self.task.metrics.items():
+            parts += [f"{metric}: {words}", text_table(*self.steps_table(metric))]
+            parts += self.conclusions(metric)
+        return "\n\n".join(parts)
+
+    def heading(self) -> str:
+        """What was done, in a few lines."""
+        about, identity = self.configuration["about"], self.configuration["identity"]
+        known = "" if about["known_file"] else " (not the file that the task was written for)"
+        lines = [
+            f"{self.task.title}, {about['model']} in {identity['dtype']}: {self.n_prompts} prompts"
+            f" of {about['file']}{known}, seed {identity['seed']}",
+            f"{len(self.lines)} results, {self.n_diverged} trajectories diverged; in brackets 95 %"
+            " intervals over prompts" + ", clustered" * any("cluster" in x for x in self.lines),
+        ]
+        first = next(iter(self.analyses.values()))
+        counts = {cell.n_prompts for curve in first.curves.values() for cell in curve}
+        if len(counts) > 1:
+            lines.append(
+                f"NOT COMPLETE: settings have {min(counts)} to {max(counts)} prompts so far, so"
+                " they cannot be compared with each other yet"
+            )
+        return "\n".join(lines)
+
+    def steps_table(
+        self, metric: str, analysis: Analysis | None = None
+    ) -> tuple[list[str], list[list[str]]]:
+        """Settings by steps: heads and rows, like the published tables."""
+        analysis = analysis or self.analyses[metric]
+        steps = sorted({cell.step for curve in analysis.curves.values() for cell in curve})
+        heads = ["setting", *(f"step {step}" for step in steps), "landed", "n", "diverged"]
+        rows = []
+        for setting in sorted(analysis.curves, key=_setting_order):
+            curve = analysis.curves[setting]
+            by_step = {cell.step: cell for cell in curve}
+            cells = [_shown(by_step.get(step), metric) for step in steps]
+            last = curve[-1]
+            n = str(max(cell.value.n for cell in curve))
+            rows.append([setting.words, *cells, f"{last.landed[1]:.3f}", n, str(last.n_diverged)])
+        return heads, rows
+
+    def robustness_table(self, metric: str) -> tuple[list[str], list[list[str]]]:
+        """A line a setting: best, worst, area, sensitivity to lr."""
+        heads = ["setting", "best (step)", "worst (step)", "area", "spread over lr", "diverged"]
+        rows = [
+            [
+                row.setting.words,
+                f"{number(row.best[0], metric)} ({row.best[1]})",
+                f"{number(row.worst[0], metric)} ({row.worst[1]})",
+                number(row.area, metric, sign=True),
+                number(row.lr_spread, metric),
+                str(row.n_diverged),
+            ]
+            for row in sorted(
+                self.analyses[metric].robustness(), key=lambda row: _setting_order(row.setting)
+            )
+        ]
+        return heads, rows
+
+    def choices_table(self, metric: str) -> tuple[list[str], list[list[str]]]:
+        """What would have been chosen by what can be seen without labels, and the best there is."""
+        heads = ["chosen by the least", "rank correlation", "points", "setting", "step", metric]
+        analysis = self.analyses[metric]
+        rows = [
+            [
+                PREDICTORS[choice.predictor][0],
+                "-" if math.isnan(choice.correlation) else f"{choice.correlation:+.2f}",
+                str(choice.n_points),
+                choice.setting.words,
+                str(choice.step),
+                number(choice.value, metric),
+            ]
+            for choice in analysis.choices()
+        ]
+        best = analysis.best()
+        if best is not None:
+            setting, step, value = best
+            rows.append(
+                ["(best in hindsight)", "", "", setting.words, str(step), number(value, metric)]
+            )
+        if analysis.unadapted is not None:
+            value = number(analysis.unadapted.mean, metric)
+            rows.append(["(not adapted)", "", "", "", "0", value])
+        return heads, rows
+
+    def conclusions(self, metric: str) -> list[str]:
+        """What loss would have chosen, in a sentence, if there is anything to say."""
+        analysis = self.analyses[metric]
+        loss = next((c for c in analysis.choices() if c.predictor == "loss"), None)
+        best, unadapted = analysis.best(), analysis.unadapted
+        if loss is None or best is None or unadapted is None:
+            return []
+        told = (
+            "too few points for a rank correlation"
+            if math.isnan(loss.correlation)
+            else f"the rank correlation of a lower loss with a better value is"
+            f" {loss.correlation:+.2f} over {loss.n_points} settings and steps"
+        )
+        return [
+            f"Chosen by the lowest loss of the prompts: {loss.setting.words}, step {loss.step},"
+            f" {number(loss.value, metric)}; not adapted {number(unadapted.mean, metric)}; the best"
+            f" in hindsight {number(best[2], metric)}; {told}."
+        ]
+
+    # ------------------------------------------------------------------ files
+
+    def csv(self) -> str:
+        """A row for each setting and step, all metrics, unrounded."""
+        metrics = list(self.task.metrics)
+        heads = [*_SETTING_HEADS, "step", "prompts", "diverged", *PREDICTORS, "update_landed",
+                 "update_landed_least"]  # fmt: skip
+        for metric in metrics:
+            heads += [f"{metric}{end}" for end in ("", "_low", "_high", "_change", "_change_low",
+                                                   "_change_high")]  # fmt: skip
+        rows = []
+        first = self.analyses[metrics[0]]
+        for setting in sorted(first.curves, key=_setting_order):
+            for i, cell in enumerate(first.curves[setting]):
+                row: list[Any] = [asdict(setting)[head] for head in _SETTING_HEADS]
+                counts = [cell.step, cell.n_prompts, cell.n_diverged]
+                row += [*counts, *cell.means.values(), cell.landed[1], cell.landed[0]]
+                for metric in metrics:
+                    same = self.analyses[metric].curves[setting][i]
+                    for each in (same.value, same.change):
+                        row += [each.mean, each.low, each.high]
+                rows.append(["" if _absent(value) else value for value in row])
+        return _csv(heads, rows)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write CSV files, the figures as PNG and report.html into a folder.
+
+        table.csv has a row for each setting and step; for each metric there are the tables of
+        robustness and of what would have been chosen without labels.
+
+        Returns:
+            The files.
+
+        Raises:
+            ModuleNotFoundError: the figures need matplotlib.
+            ResultsError: a file could not be written.
+        """
+        from ttt_fast.study.figures import draw_all
+        from ttt_fast.study.page import html_page
+
+        folder = Path(folder)
+        figures = draw_all(self)
+        files = {"table.csv": self.csv().encode()}
+        for metric in self.task.metrics:
+            for name, table in (
+                ("robustness", self.robustness_table(metric)),
+                ("without_labels", self.choices_table(metric)),
+            ):
+                files[f"{metric}_{name}.csv"] = _csv(*table).encode()
+        files |= {f"{figure.name}.png": figure.png for figure in figures}
+        files["report.html"] = html_page(self, figures).encode()
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        return [folder / name for name in files]
+
+
+def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([heads, *rows])
+    return out.getvalue()
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first on the left."""
+    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [heads, *rows]
+    )
+
+
+def number(value: float, metric: str, sign: bool = False) -> str:
+    """A share in percent, a likelihood as it is."""
+    if math.isnan(value):
+        return "-"
+    plus = "+" if sign else ""
+    return f"{value:{plus}.4f}" if metric == "nll" else f"{100 * value:{plus}.1f}"
+
+
+def shown_estimate(estimate: Estimate, metric: str) -> str:
+    """A mean with its interval: 62.5 [45.3, 77.1]."""
+    text = number(estimate.mean, metric)
+    if math.isnan(estimate.low):
+        return text
+    return f"{text} [{number(estimate.low, metric)}, {number(estimate.high, metric)}]"
+
+
+def _shown(cell: Cell | None, metric: str) -> str:
+    return "-" if cell is None else shown_estimate(cell.value, metric)
+
+
+def _absent(value: Any) -> bool:
+    return value is None or isinstance(value, float) and math.isnan(value)
+
+
+def _setting_order(setting: Setting) -> tuple[Any, ...]:
+    clip = setting.max_grad_norm
+    return (
+        setting.scope, setting.optimizer != "sgd", setting.weight_decay, setting.momentum,
+        (0.0 if clip is None else 1.0, clip or 0.0), setting.lr,
+    )  # fmt: skip
+
+
+def _order(key: tuple[str, Setting, int]) -> tuple[Any, ...]:
+    prompt, setting, step = key
+    return prompt, _setting_order(setting), step
