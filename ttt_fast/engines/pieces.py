@@ -141,20 +141,29 @@ class _Glu(torch.autograd.Function):
         return dgate, dup, None
 
 
-class NormPiece:
-    """Stands in for the ``forward`` of a norm that has one weight for all rows.
+class _Piece:
+    """Stands in for the ``forward`` of a module.
 
     Args:
         name: of the module.
         module: the module.
-        norm: its arithmetic.
+        arithmetic: what it computes.
         own_code: whether to leave an input to the module's own code.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, norm: RmsNorm, own_code: Callable[[Tensor], bool]
+        self,
+        name: str,
+        module: nn.Module,
+        arithmetic: RmsNorm | Glu,
+        own_code: Callable[[Tensor], bool],
     ) -> None:
-        self.name, self.module, self._norm, self._own_code = name, module, norm, own_code
+        self.name, self.module = name, module
+        self._arithmetic, self._own_code = arithmetic, own_code
+
+
+class NormPiece(_Piece):
+    """A norm that has one weight for all rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's forward, in the dtype of x."""
@@ -162,23 +171,11 @@ class NormPiece:
         if x.dtype != weight.dtype or self._own_code(x):
             return type(self.module).forward(self.module, x)
         rows = x.reshape(1, -1, x.shape[-1])
-        return self._norm(rows, weight.to(compute_dtype(weight.dtype))[None]).view(x.shape)
+        return self._arithmetic(rows, weight.to(compute_dtype(weight.dtype))[None]).view(x.shape)
 
 
-class GluPiece:
-    """Stands in for the ``forward`` of a gated MLP; its linears are called as they are.
-
-    Args:
-        name: of the module.
-        module: the module.
-        glu: its arithmetic.
-        own_code: whether to leave an input to the module's own code.
-    """
-
-    def __init__(
-        self, name: str, module: nn.Module, glu: Glu, own_code: Callable[[Tensor], bool]
-    ) -> None:
-        self.name, self.module, self._glu, self._own_code = name, module, glu, own_code
+class GluPiece(_Piece):
+    """A gated MLP; its linears are called as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's forward, in the dtype of x."""
@@ -186,7 +183,7 @@ class GluPiece:
         if self._own_code(x):
             return type(module).forward(module, x)
         gate, up = module.gate_proj(x), module.up_proj(x)
-        return module.down_proj(self._glu(gate.contiguous(), up.contiguous()))
+        return module.down_proj(self._arithmetic(gate.contiguous(), up.contiguous()))
 
 
 def pieces_of(
