@@ -346,6 +346,19 @@ def test_lookups_start_a_prompt_without_rows():
         lookups.record_dy(ALL, 0, noise(3, 2, 2))
 
 
+def test_a_step_of_very_many_parts_is_tabled():
+    """Each part of a step appends; nobody asks which step a row belongs to in between."""
+    n = 1500
+    rows = Rows(n)
+    for d in range(n):
+        rows = rows.append(0, slice(d, d + 1), 1 + d % 2)
+    for d in range(n):
+        rows = rows.append(1, slice(d, d + 1), 1)
+    table = rows.columns(CPU)
+    assert table[0].tolist() == [0, 1, -1] and table[1].tolist() == [0, 0, 1]
+    assert torch.equal(table[2:], table[:2].repeat(n // 2 - 1, 1))
+
+
 # ---------------------------------------------------------------------------- vectors
 
 # β before the first step.

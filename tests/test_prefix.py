@@ -6,7 +6,7 @@ import torch
 from tests.families import tiny_model
 from tests.loops import prompt_ids
 from tests.untouched import unchanged
-from ttt_fast import Batch, TTTConfig, TTTTrainer
+from ttt_fast import Batch, TTTConfig, TTTTrainer, negative_log_likelihood
 from ttt_fast.batch import complete_batch
 from ttt_fast.scope import decoder_layers
 
@@ -78,7 +78,7 @@ def test_the_same_bits_as_with_every_layer(engine, family, dtype, monkeypatch):
     options = dict(layers=f"{n_layers - 1}:")
     with unchanged(model):
         ours = run(model, engine, **options)
-    monkeypatch.setattr("ttt_fast.session.decoder_layers", lambda model: [])
+    monkeypatch.setattr("ttt_fast.engines.prefix.decoder_layers", lambda model: [])
     for ours_, every in zip(ours, run(model, engine, **options), strict=True):
         assert torch.equal(ours_, every)
 
@@ -144,6 +144,35 @@ def test_a_layer_that_somebody_watches_runs_every_time(engine, where):
     run(model, engine, prompt_ids(7), layers="-1:")
     # Each step, and once more to look at the adapted model.
     assert len(seen) == STEPS + 1
+
+
+@ENGINES
+def test_whoever_begins_to_watch_later_sees_every_step_from_then_on(engine):
+    model, seen = tiny_model("llama"), []
+    layer = model.model.layers[0]
+
+    def watch(report):
+        if report.step == 2:
+            layer.mlp.register_forward_hook(lambda *_: seen.append(1))
+
+    config = TTTConfig(lr=1e-2, steps=STEPS, engine=engine, layers="-1:")
+    TTTTrainer(model, config).adapt(prompt_ids(7), on_step=watch).restore()
+    assert len(seen) == STEPS - 2
+
+
+@ENGINES
+def test_hidden_states_of_each_layer_are_those_of_the_layer(engine):
+    """Of a model that returns them all, the objective may use any."""
+    model, seen = tiny_model("llama"), []
+    model.config.output_hidden_states = True
+
+    def objective(outputs, batch):
+        seen.append(outputs.hidden_states[1].detach().clone())
+        return negative_log_likelihood(outputs, batch)
+
+    config = TTTConfig(lr=1e-2, steps=STEPS, engine=engine, layers="-1:")
+    TTTTrainer(model, config, objective=objective).adapt(prompt_ids(7)).restore()
+    assert len(seen) == STEPS and all(torch.equal(seen[0], each) for each in seen)
 
 
 @ENGINES

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ttt_fast import adaptation_file
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.engines import deltas
-from ttt_fast.engines.factors import MatrixFactors
 from ttt_fast.engines.inner_products import InnerProducts
 from ttt_fast.lora import LoraAdapter, lora_adapter
 from ttt_fast.objective import Objective, negative_log_likelihood
@@ -217,7 +216,8 @@ class FactoredAdaptation(Adaptation):
 
     def _require_base(self, name: str) -> None:
         """The model's weights have to be those that the deltas belong to."""
-        different = self._replaced()
+        change = self._engine.placement.change()
+        different = change and f"its {change.name} was replaced, moved or cast"
         if not different and not self._attached:
             now = adaptation_file.fingerprint(self._selected())
             different = adaptation_file.difference(self._base, now)
@@ -228,18 +228,6 @@ class FactoredAdaptation(Adaptation):
                 f"{name}: the model's weights are not those that these deltas belong to:"
                 f" {different}{who}. Bring them back first."
             )
-
-    def _replaced(self) -> str:
-        """Name a parameter that is no longer the memory that the engine reads; "" if all are."""
-        params = dict(self.model.named_parameters(remove_duplicate=False))
-        for factors in self._engine.factors:
-            param, name = factors.selection.param, factors.selection.name
-            same = params.get(name) is param
-            if isinstance(factors, MatrixFactors):
-                same = same and param.data_ptr() == factors.weight.data_ptr()
-            if not same:
-                return f"its {name} was replaced, moved or cast"
-        return ""
 
     def _selected(self) -> list[tuple[str, Tensor]]:
         return [(selection.name, selection.param) for selection in self._engine.selections]

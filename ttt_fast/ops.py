@@ -269,9 +269,9 @@ def implementation(op: str, device_type: str, backend: str = "auto") -> Callable
     Args:
         op: name of the op.
         device_type: "cpu", "cuda", ...
-        backend: "auto", "torch", "cpp", "triton" or "cuda", as for the op.
+        backend: a setting for all ops of a run, as for :func:`backend_for`.
     """
-    return _function(op, _chosen(op, device_type, backend))
+    return _function(op, _chosen(op, device_type, backend_for(op, backend, device_type)))
 
 
 def _update_backend(op: str, params: Sequence[Tensor], rounding: str, backend: str) -> str:

@@ -32,7 +32,6 @@ from ttt_fast.history import History
 from ttt_fast.objective import Objective, reduce_rows
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
-from ttt_fast.scope import decoder_layers
 
 if TYPE_CHECKING:
     from ttt_fast.adaptation import Adaptation
@@ -112,8 +111,7 @@ class Session:
         on_cpu = self.phases.device.type == "cpu"
         self._check_every = config.check_every or (1 if on_cpu else max(1, config.steps))
         self._arguments = forward_arguments(model)
-        # With dropout the same layers give something else at every step.
-        self._prefix = FrozenPrefix([] if config.dropout else decoder_layers(model))
+        self._prefix = FrozenPrefix(model, config.dropout)
         self._open = True
         hold(model, self)
         try:

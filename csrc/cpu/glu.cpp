@@ -1,8 +1,8 @@
 // Gated linear unit of two projections, y = act(gate) o up, forward and backward.
 // Fused: conversion, activation, product, rounding; backward both gradients, with the activation
-// computed again. Bytes per element: forward 3 numbers of storage, backward 5. Stock code moves 5
-// and 10, and keeps act(gate) for the backward. Bound: memory bandwidth, or arithmetic of exp while
-// all lies in the cache. Reference: glu in ttt_fast/reference.py.
+// computed again, not kept. Bytes per element: forward 3 numbers of storage, backward 5. Bound:
+// memory bandwidth, or arithmetic of exp while all lies in the cache. Reference: glu in
+// ttt_fast/reference.py.
 #include "exponential.h"
 
 namespace ttt_fast {

@@ -1,8 +1,8 @@
 // Root mean square norm of tokens with a weight for each delta, forward and backward.
 // Fused: conversion, mean of squares, scaling, weight, rounding; backward both gradients. Bytes per
 // element: forward 2 numbers of storage, backward 3; a row stays in the cache between its passes.
-// Bound: memory bandwidth, or the call itself where tokens are few. Stock code takes six passes
-// forward and about twelve backward. Reference: rms_norm in ttt_fast/reference.py.
+// Bound: memory bandwidth, or the call itself where tokens are few. Reference: rms_norm in
+// ttt_fast/reference.py.
 #include <cmath>
 #include <memory>
 

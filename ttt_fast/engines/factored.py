@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,13 +24,14 @@ from ttt_fast.config import TTTConfig
 from ttt_fast.engines.factors import Inputs, MatrixFactors, Rows, Track, VectorFactors
 from ttt_fast.engines.groups import group_config, group_of_each
 from ttt_fast.engines.norms import NormSite
-from ttt_fast.engines.pieces import GluPiece, NormPiece, pieces_of
+from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
+from ttt_fast.placement import Placement
 from ttt_fast.reference import compute_dtype
 from ttt_fast.scope import Selection
 from ttt_fast.sgd import Coefficients, clip_coefficient
 
-Site = LinearSite | EmbeddingSite | NormSite | NormPiece | GluPiece
+Site = LinearSite | EmbeddingSite | NormSite
 
 
 class FactoredEngine:
@@ -40,6 +41,9 @@ class FactoredEngine:
         model: the user's model.
         selections: what adapts.
         config: settings.
+
+    Attributes:
+        placement: where the weights lie that the deltas of now belong to.
 
     Raises:
         ValueError: a selected parameter cannot be factored; names it.
@@ -69,10 +73,12 @@ class FactoredEngine:
             )
         self._groups = group_of_each(model, self.selections, config)
         self.factors, self._sites = take_over(model, self.selections, self.desk, config.backend)
-        self._found = [_describe(selection.param) for selection in self.selections]
+        taken = {site.module for site in self._sites}
+        pieces = pieces_of(model, config.backend, self.desk.is_differentiated)
+        self._pieces = [piece for piece in pieces if piece.module not in taken]
+        self.placement = self._placement_now()
         self._inputs: list[Inputs] = []
-        self._attached: list[nn.Module] = []
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._attached = ExitStack()
 
     # ------------------------------------------------------------------ life of a session
 
@@ -88,6 +94,7 @@ class FactoredEngine:
                 clip); default the engine's for all.
         """
         self._require_same_weights()
+        self.placement = self._placement_now()
         self.n_deltas = n_deltas
         self.configs = [self.config] * n_deltas if configs is None else list(configs)
         self._capacity = capacity
@@ -115,33 +122,26 @@ class FactoredEngine:
 
     def attach(self) -> None:
         """Let the modules compute with the deltas."""
-        try:
+        with ExitStack() as attached:
             for site in self._sites:
                 if "forward" in vars(site.module):
-                    if isinstance(site, NormPiece | GluPiece):
-                        continue
                     raise ValueError(
                         f"{site.name} has a forward of its own on the instance (accelerate's hooks"
                         " set one), which cannot be replaced. Use engine='dense'."
                     )
+                attached.callback(vars(site.module).pop, "forward", None)
                 site.module.forward = site.forward
-                self._attached.append(site.module)
-            self._hook = self._model.register_forward_pre_hook(
+            attached.enter_context(standing_in(self._pieces))
+            hook = self._model.register_forward_pre_hook(
                 self._count_rows, with_kwargs=True, prepend=True
             )
+            attached.callback(hook.remove)
             self.show(slice(0, self.n_deltas))
-        except BaseException:
-            self.detach()
-            raise
+            self._attached = attached.pop_all()
 
     def detach(self) -> None:
         """Give the modules back. The factors stay."""
-        for module in self._attached:
-            vars(module).pop("forward", None)
-        self._attached = []
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._attached.close()
         self.desk.layout = None
 
     def restore(self) -> None:
@@ -270,17 +270,16 @@ class FactoredEngine:
         # The coefficients that forwards outside a step use are the new ones.
         self.show(self.desk.layout.deltas)
 
+    def _placement_now(self) -> Placement:
+        return Placement([(each.name, each.param) for each in self.selections], self._model)
+
     def _require_same_weights(self) -> None:
-        for selection, found in zip(self.selections, self._found, strict=True):
-            try:
-                param = self._model.get_parameter(selection.name)
-            except AttributeError:
-                param = None
-            if param is not selection.param or _describe(param) != found:
-                raise RuntimeError(
-                    f"adapt: {selection.name} was replaced, resized, moved or cast since the"
-                    " trainer was made. Make a new TTTTrainer."
-                )
+        change = self.placement.change(address=False)
+        if change is not None:
+            raise RuntimeError(
+                f"adapt: {change.name} was {change.was} and is {change.now}: it was replaced,"
+                " resized, moved or cast since the trainer was made. Make a new TTTTrainer."
+            )
 
     def _advance(self, track: Track, reached: frozenset[int], clip: Tensor, finite: Tensor) -> None:
         active = self._filled([d in reached for d in range(self.n_deltas)], torch.bool)
@@ -350,10 +349,6 @@ class FactoredEngine:
                 " adapted.weights_of(delta) as model`."
             )
         layout.n_rows = given.shape[0]
-
-
-def _describe(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return param.shape, param.dtype, param.device
 
 
 # ---------------------------------------------------------------------------- what can be factored
@@ -461,7 +456,4 @@ def take_over(
             sites.append(EmbeddingSite(name, module, own["weight"], desk))
         else:
             sites.append(NormSite(name, module, own, desk, backend))
-    taken = {id(site.module) for site in sites}
-    pieces = pieces_of(model, backend, desk.is_differentiated)
-    sites += [piece for piece in pieces if id(piece.module) not in taken]
     return list(by_param.values()), sites

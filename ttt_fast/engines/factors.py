@@ -65,12 +65,16 @@ class Rows:
     def columns(self, device: torch.device) -> Tensor:
         """(D, longest) step of each row; -1 behind the rows of a shorter delta."""
         if self._columns is None:
+            appended, rows = [], self
+            while rows._columns is None and rows._origin is not None:
+                appended.append(rows._origin)
+                rows = rows._origin[0]
             shape = len(self.lengths), max(self.lengths)
             # Filled on the device: a table from the host would be an upload in every step.
             table = torch.full(shape, -1, dtype=torch.int64, device=device)
-            if self._origin is not None:
-                earlier, step, deltas, count = self._origin
-                table[:, : max(earlier.lengths)] = earlier.columns(device)
+            if rows._columns is not None:
+                table[:, : rows._columns.shape[1]] = rows._columns
+            for earlier, step, deltas, count in reversed(appended):
                 start = earlier.start(deltas)
                 if isinstance(start, int):
                     table[deltas, start : start + count].fill_(step)
@@ -287,7 +291,6 @@ class MatrixFactors:
         stored, rows = selection.param.detach(), selection.rows
         self.weight = stored.t() if transposed else stored
         # Without the checks of the public op: it runs for every weight of every step.
-        backend = ops.backend_for("gram_norm", backend)
         self._gram_norm = ops.implementation("gram_norm", stored.device.type, backend)
         n_out, n_in = self.weight.shape
         if rows is not None:

@@ -102,7 +102,7 @@ def _fused(
     device = next(module.parameters()).device.type
     both = []
     for op in (name, f"{name}_backward"):
-        run = ops.implementation(op, device, ops.backend_for(op, backend, device))
+        run = ops.implementation(op, device, backend)
         if run is getattr(reference, op):
             return None
         both.append(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ttt_fast.batch import Batch
+from ttt_fast.scope import decoder_layers
 
 
 @dataclass
@@ -31,20 +32,19 @@ class FrozenPrefix:
     step on that batch, so what they gave is what they would give, bit for bit.
 
     A layer in which somebody watches (forward hooks), that has a forward of its own on the
-    instance, or that returns more than its hidden states, runs every time, with all above it.
+    instance, or that returns more than its hidden states, runs every time, with all above it; so do
+    all layers of a model that is set to return what each of them gives.
 
     Args:
-        layers: the model's decoder layers; of none, none is skipped.
+        model: the model; without one stack of decoder layers, nothing is skipped.
+        dropout: whether layers drop out, and so give something else at every step.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._layers = layers
+    def __init__(self, model: nn.Module, dropout: bool = False) -> None:
+        settings = getattr(model, "config", None)
+        all_shown = getattr(settings, "output_hidden_states", False)
+        self._layers = [] if dropout or all_shown else decoder_layers(model)
         self._kept: dict[int, _Kept] = {}
-
-    def n_layers(self, rows: Batch) -> int:
-        """How many layers a further forward on a batch skips."""
-        kept = self._find(rows)
-        return 0 if kept is None else kept.n_layers
 
     def forget(self) -> None:
         """Keep nothing."""
@@ -54,7 +54,7 @@ class FrozenPrefix:
     def reused(self, rows: Batch) -> Iterator[None]:
         """Around a forward that is differentiated; the same object comes again in later steps."""
         kept = self._find(rows)
-        if not _can_be_known_again(rows):
+        if not self._layers or not _can_be_known_again(rows):
             yield
         elif kept is None:
             kept = _Kept(weakref.ref(rows), _versions(rows))
@@ -63,7 +63,7 @@ class FrozenPrefix:
             key = id(rows)
             self._kept[key] = kept
             weakref.finalize(rows, self._kept.pop, key, None).atexit = False
-        elif not kept.n_layers:
+        elif not kept.n_layers or any(map(_is_watched, self._layers[: kept.n_layers])):
             yield
         else:
             with self._skipped(kept):

@@ -136,9 +136,8 @@ class Desk:
     def __init__(self, param: Tensor, backend: str, new_inputs: Callable[[Tensor], Inputs]) -> None:
         device = param.device
         self.wide = compute_dtype(param.dtype)
-        # C++ has no float16; nothing else would be gained from it there.
-        half = param.dtype == torch.float16
-        backend = "torch" if half else ops.backend_for("delta_linear", backend)
+        if param.dtype == torch.float16 and device.type == "cpu":
+            backend = "torch"  # C++ has no float16
         self.delta_linear = ops.implementation("delta_linear", device.type, backend)
         if param.dtype == torch.bfloat16 and device.type == "cpu":
             self.delta_linear = _with_bfloat16_units(self.delta_linear)
