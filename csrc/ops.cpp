@@ -440,7 +440,7 @@ extern "C" __attribute__((visibility("default"))) const char* ttt_fast_built() {
   return TTT_FAST_BUILT;
 }
 
-// The schemas of ttt_fast/ops.py less `backend`; tests/test_ops_contract.py compares them.
+// The schemas of ttt_fast/dispatch.py less `backend`; tests/test_ops_contract.py compares them.
 STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "

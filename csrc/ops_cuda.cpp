@@ -3,7 +3,7 @@
 // This file owns tensors and needs no header of CUDA: the kernels are behind cuda/launchers.h.
 // Lists of tensors arrive as the tables of addresses of ttt_fast/kernels/pointer_table.py, made and
 // kept by ttt_fast/cuda_ops.py. What a table points to is written through it, unseen by the
-// dispatcher; torch.ops.ttt_fast, which ttt_fast/ops.py defines, is what declares it.
+// dispatcher; torch.ops.ttt_fast, which ttt_fast/dispatch.py defines, is what declares it.
 //
 // The stream is an argument: torch.cuda's current one, from Python. A symbol of libtorch_cuda in
 // its place would bind the library to CUDA builds of torch.

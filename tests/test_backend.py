@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ttt_fast import backend as backend_module
-from ttt_fast import cuda_ops, ops, reference
+from ttt_fast import cuda_ops, dispatch, ops, reference
 from ttt_fast.backend import BACKENDS, available_backends, backends_on, resolve_backend
 from ttt_fast.snapshot import Snapshot
 
@@ -46,7 +46,7 @@ def test_a_launch_finds_the_device_of_its_tensors_current(monkeypatch):
     # Triton launches on the current device, wherever the tensors are.
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d) or nullcontext())
-    launch = ops._on_its_device(lambda *args, **options: (args, options))
+    launch = dispatch.on_its_device(lambda *args, **options: (args, options))
     with FakeTensorMode():
         second, host = torch.ones(3, device="cuda:1"), torch.ones(3)
     for first in (second, [second, second]):

@@ -1,8 +1,4 @@
-"""The ops: schema, fake and public wrapper of each; the only file that says ``torch.ops``.
-
-Every op exists once as ``torch.ops.ttt_fast.<name>``, opaque to ``torch.compile``, and runs the
-backend that :func:`ttt_fast.backend.resolve_backend` names: plain torch (``reference.py``), the C++
-extension (``csrc/``, its part for the CPU or for CUDA) or a Triton kernel (``kernels/``).
+"""The ops: checked arguments, documented; :mod:`ttt_fast.dispatch` has what runs behind them.
 
 Tensors may be views with an offset, and strided as :class:`ttt_fast.scope.RowSlice` makes them.
 Lists may mix sizes and dtypes. Storage is float32, bfloat16, float16 or float64; arithmetic is
@@ -11,290 +7,29 @@ float32 (float64 for float64).
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ttt_fast import reference
-from ttt_fast.backend import BACKENDS, backends_on, resolve_backend
+from ttt_fast.dispatch import (
+    SCHEMAS,
+    backend_for,
+    choose,
+    choose_for,
+    choose_for_update,
+    implementation,
+)
 from ttt_fast.op_checks import COEFFICIENTS, DTYPES, ROUNDINGS, check_factors, check_update
 from ttt_fast.reference import compute_dtype
 from ttt_fast.undo import UndoLog
 
 __all__ = [
-    "ROUNDINGS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear", "glu",
-    "glu_backward", "grad_norm", "gram_norm", "nll_", "rank_update_", "rms_norm",
-    "rms_norm_backward", "sgd_", "undo_restore_",
+    "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
+    "glu", "glu_backward", "grad_norm", "gram_norm", "implementation", "nll_", "rank_update_",
+    "rms_norm", "rms_norm_backward", "sgd_", "undo_restore_",
 ]  # fmt: skip
-
-
-# ---------------------------------------------------------------------------- registration
-
-_LIBRARY = torch.library.Library("ttt_fast", "DEF")
-
-_UPDATE_TENSORS = (
-    "Tensor(d!)[] deltas, Tensor[] bases, Tensor? grad_norm, Tensor? grad_scale, "
-    "Tensor? found_inf, Tensor(e!)? landed, Tensor(f!)[] undo, int[] undo_offsets, *, "
-)
-
-
-class OpSchema(NamedTuple):
-    """One op: its arguments less ``backend``, what it returns and writes, who implements it."""
-
-    arguments: str
-    returned: str = "()"
-    mutated: tuple[str, ...] = ()  # names of the tensors and lists whose versions are to be bumped
-    backends: tuple[str, ...] = BACKENDS
-
-
-_NOT_CUDA = ("torch", "cpp", "triton")
-
-# csrc/ops.cpp registers the same arguments, of the ops that exist in "cpp", in the namespace
-# ttt_fast_cpp; ttt_fast/cuda_ops.py and kernels/ have Python functions that take them.
-SCHEMAS: dict[str, OpSchema] = {
-    "sgd_": OpSchema(
-        "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, " + _UPDATE_TENSORS
-        + "float lr, float momentum, float dampening, bool nesterov, float weight_decay, "
-        "bool decoupled_weight_decay, bool maximize, bool first_step, float max_grad_norm, "
-        "str rounding, int seed",
-        mutated=("params", "momentum_buffers", "deltas"),
-    ),
-    "adamw_": OpSchema(
-        "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        + _UPDATE_TENSORS
-        + "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
-        "int step_index, float max_grad_norm, str rounding, int seed",
-        mutated=("params", "exp_avgs", "exp_avg_sqs", "deltas"),
-    ),
-    "grad_norm": OpSchema("Tensor[] grads", "Tensor"),
-    "gram_norm": OpSchema("Tensor x, Tensor dy", "Tensor"),
-    "delta_linear": OpSchema(
-        "Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho", "Tensor",
-        backends=_NOT_CUDA,
-    ),
-    "rank_update_": OpSchema(
-        "Tensor(a!) weight, Tensor x, Tensor dy, Tensor beta, *, float scale, str rounding, "
-        "int seed",
-        mutated=("weight",), backends=("torch", "triton"),
-    ),
-    "nll_": OpSchema(
-        "Tensor(a!) logits, Tensor targets, *, int ignore_index", "Tensor", mutated=("logits",),
-        backends=_NOT_CUDA,
-    ),
-    "rms_norm": OpSchema(
-        "Tensor x, Tensor weight, *, float eps, bool round_first", "(Tensor, Tensor)",
-        backends=_NOT_CUDA,
-    ),
-    "rms_norm_backward": OpSchema(
-        "Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first",
-        "(Tensor, Tensor)", backends=_NOT_CUDA,
-    ),
-    "glu": OpSchema("Tensor gate, Tensor up, *, str activation", "Tensor", backends=_NOT_CUDA),
-    "glu_backward": OpSchema(
-        "Tensor dy, Tensor gate, Tensor up, *, str activation", "(Tensor, Tensor)",
-        backends=_NOT_CUDA,
-    ),
-    "copy_": OpSchema("Tensor(a!)[] dsts, Tensor[] srcs", mutated=("dsts",)),
-    "undo_restore_": OpSchema(
-        "Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets", mutated=("params",)
-    ),
-    "checksum": OpSchema("Tensor[] tensors", "Tensor", backends=_NOT_CUDA),
-}  # fmt: skip
-
-
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the device of the first tensor the current one: that is where kernels are launched."""
-
-    @functools.wraps(launch)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) or not args[0] else args[0][0]
-        if not isinstance(first, Tensor) or not first.is_cuda:
-            return launch(*args, **kwargs)
-        with torch.cuda.device(first.device):
-            return launch(*args, **kwargs)
-
-    return run
-
-
-@functools.cache
-def _function(name: str, backend: str) -> Callable[..., Any]:
-    """The function that runs an op in a backend; all take the arguments of the reference."""
-    if backend == "torch":
-        return getattr(reference, name)
-    if backend == "triton":
-        # Not before it is used: Triton is not everywhere.
-        stem = name.removesuffix("_")
-        module = importlib.import_module(f"ttt_fast.kernels.{stem}")
-        return _on_its_device(getattr(module, f"{stem}_launch"))
-    if backend == "cuda":
-        return _on_its_device(getattr(importlib.import_module("ttt_fast.cuda_ops"), name))
-    return getattr(getattr(torch.ops, f"ttt_fast_{backend}"), name).default
-
-
-def _implementation(name: str) -> Callable[..., Any]:
-    """The function behind ``torch.ops.ttt_fast.<name>``: call the backend, bump versions."""
-    argument_names = [
-        part.split("=")[0].split()[-1]
-        for part in SCHEMAS[name].arguments.split(",")
-        if "*" not in part.split()
-    ]
-    mutated = [argument_names.index(argument) for argument in SCHEMAS[name].mutated]
-
-    def run(*args: Any, backend: str, **kwargs: Any) -> Any:
-        result = _function(name, backend)(*args, **kwargs)
-        if backend == "torch":
-            return result
-        for position in mutated:
-            # Raw-memory writes do not show up in autograd's "modified in place" check by
-            # themselves.
-            written = args[position]
-            if isinstance(written, Tensor) or written:
-                torch.autograd.graph.increment_version(written)
-        return result
-
-    return run
-
-
-def _register() -> None:
-    """Define every op with its schema, implementation and, if it returns nothing, its fake."""
-    for name, schema in SCHEMAS.items():
-        separator = ", " if "*" in schema.arguments else ", *, "
-        _LIBRARY.define(f"{name}({schema.arguments}{separator}str backend) -> {schema.returned}")
-        _LIBRARY.impl(name, _implementation(name), "CompositeExplicitAutograd")
-        if schema.returned == "()":
-            torch.library.register_fake(
-                f"ttt_fast::{name}", lambda *args, **kwargs: None, lib=_LIBRARY
-            )
-
-
-_register()
-
-
-@torch.library.register_fake("ttt_fast::grad_norm", lib=_LIBRARY)
-def _grad_norm_fake(grads: Sequence[Tensor], *, backend: str) -> Tensor:
-    double = any(g.dtype == torch.float64 for g in grads)
-    device = grads[0].device if grads else None
-    return torch.empty((), dtype=torch.float64 if double else torch.float32, device=device)
-
-
-@torch.library.register_fake("ttt_fast::gram_norm", lib=_LIBRARY)
-def _gram_norm_fake(x: Tensor, dy: Tensor, *, backend: str) -> Tensor:
-    return x.new_empty((x.shape[0],), dtype=compute_dtype(x.dtype))
-
-
-@torch.library.register_fake("ttt_fast::delta_linear", lib=_LIBRARY)
-def _delta_linear_fake(
-    x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    d: Tensor,
-    beta: Tensor,
-    rho: Tensor | None,
-    *,
-    backend: str,
-) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], d.shape[2]))
-
-
-@torch.library.register_fake("ttt_fast::nll_", lib=_LIBRARY)
-def _nll_fake(logits: Tensor, targets: Tensor, *, ignore_index: int, backend: str) -> Tensor:
-    return logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits.dtype))
-
-
-@torch.library.register_fake("ttt_fast::rms_norm", lib=_LIBRARY)
-def _rms_norm_fake(
-    x: Tensor, weight: Tensor, *, eps: float, round_first: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(x.shape[:2])
-
-
-@torch.library.register_fake("ttt_fast::rms_norm_backward", lib=_LIBRARY)
-def _rms_norm_backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, round_first: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
-@torch.library.register_fake("ttt_fast::glu", lib=_LIBRARY)
-def _glu_fake(gate: Tensor, up: Tensor, *, activation: str, backend: str) -> Tensor:
-    return torch.empty_like(gate)
-
-
-@torch.library.register_fake("ttt_fast::glu_backward", lib=_LIBRARY)
-def _glu_backward_fake(
-    dy: Tensor, gate: Tensor, up: Tensor, *, activation: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(gate)
-
-
-@torch.library.register_fake("ttt_fast::checksum", lib=_LIBRARY)
-def _checksum_fake(tensors: Sequence[Tensor], *, backend: str) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
-
-
-# ---------------------------------------------------------------------------- backends
-
-
-def backend_for(op: str, backend: str, *device_types: str) -> str:
-    """Return what to ask ``op`` for when ``backend`` is a setting for all ops of a run.
-
-    An op refuses a backend that it does not exist in, or that does not run on its tensors. A run
-    that is set to "cpp" means C++ wherever there is any, so for the other ops this is "auto"; so it
-    is for a copy to the host in a run that is set to "triton".
-
-    Args:
-        op: name of the op, as "delta_linear".
-        backend: "auto" or one of ``ttt_fast.backend.BACKENDS``.
-        device_types: "cpu", "cuda", ... of all its tensors; none: of any that the backend runs on.
-    """
-    if backend not in BACKENDS:
-        return backend
-    runs = all(backend in backends_on(device_type) for device_type in device_types)
-    return backend if runs and backend in SCHEMAS[op].backends else "auto"
-
-
-def _chosen(op: str, device_type: str, backend: str) -> str:
-    return resolve_backend(device_type, backend, implemented=SCHEMAS[op].backends, op=op)
-
-
-def implementation(op: str, device_type: str, backend: str = "auto") -> Callable[..., Any]:
-    """The function that runs an op: without checks, without dispatcher, for calls in inner loops.
-
-    It takes the op's arguments in their order; options after ``*`` as keywords.
-
-    Args:
-        op: name of the op.
-        device_type: "cpu", "cuda", ...
-        backend: a setting for all ops of a run, as for :func:`backend_for`.
-    """
-    return _function(op, _chosen(op, device_type, backend_for(op, backend, device_type)))
-
-
-def _update_backend(op: str, params: Sequence[Tensor], rounding: str, backend: str) -> str:
-    """rounding="torch" *is* torch's foreach code, so it runs there and nowhere else."""
-    chosen = _chosen_for(op, params, backend)
-    if rounding != "torch":
-        return chosen
-    if backend not in ("auto", "torch"):
-        raise ValueError(
-            f"rounding='torch' runs torch's own operations, backend={backend!r} does not; "
-            "use backend='auto', or rounding='nearest'."
-        )
-    return "torch"
-
-
-def _chosen_for(op: str, tensors: Sequence[Tensor], backend: str) -> str:
-    """The backend for a list; an empty one is nowhere, so that no backend is wrong for it."""
-    if not tensors:
-        return _chosen(op, "cpu", backend_for(op, backend, "cpu"))
-    return _chosen(op, tensors[0].device.type, backend)
-
-
-# ---------------------------------------------------------------------------- public ops
 
 
 @torch.no_grad()
@@ -379,7 +114,7 @@ def sgd_(
         dampening=float(dampening), nesterov=nesterov, weight_decay=float(weight_decay),
         decoupled_weight_decay=decoupled_weight_decay, maximize=maximize, first_step=first_step,
         max_grad_norm=-1.0 if max_grad_norm is None else float(max_grad_norm), rounding=rounding,
-        seed=seed, backend=_update_backend("sgd_", params, rounding, backend),
+        seed=seed, backend=choose_for_update("sgd_", params, rounding, backend),
     )  # fmt: skip
 
 
@@ -456,7 +191,7 @@ def adamw_(
         undo.offsets if undo else [], lr=float(lr), beta1=float(betas[0]), beta2=float(betas[1]),
         eps=float(eps), weight_decay=float(weight_decay), maximize=maximize, step_index=step_index,
         max_grad_norm=-1.0 if max_grad_norm is None else float(max_grad_norm), rounding=rounding,
-        seed=seed, backend=_update_backend("adamw_", params, rounding, backend),
+        seed=seed, backend=choose_for_update("adamw_", params, rounding, backend),
     )  # fmt: skip
 
 
@@ -477,7 +212,7 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     for grad in grads:
         by_device.setdefault(grad.device, []).append(grad)
     norms = [
-        torch.ops.ttt_fast.grad_norm(local, backend=_chosen_for("grad_norm", local, backend))
+        torch.ops.ttt_fast.grad_norm(local, backend=choose_for("grad_norm", local, backend))
         for local in by_device.values() or [[]]
     ]
     if len(norms) == 1:
@@ -516,7 +251,7 @@ def gram_norm(x: Tensor, dy: Tensor, *, backend: str = "auto") -> Tensor:
     ):
         tensors = [("x", x, ("B", "M", "in"), ()), ("dy", dy, ("B", "M", "out"), ())]
         check_factors("gram_norm", x, tensors, {})
-    return torch.ops.ttt_fast.gram_norm(x, dy, backend=_chosen("gram_norm", x.device.type, backend))
+    return torch.ops.ttt_fast.gram_norm(x, dy, backend=choose("gram_norm", x.device.type, backend))
 
 
 def delta_linear(
@@ -568,7 +303,7 @@ def delta_linear(
     if rho is not None:
         tensors.append(("rho", rho, ("B",), COEFFICIENTS))
     check_factors("delta_linear", x, tensors, {})
-    chosen = _chosen("delta_linear", x.device.type, backend)
+    chosen = choose("delta_linear", x.device.type, backend)
     if chosen == "cpp" and x.dtype == torch.float16:
         if backend == "cpp":
             raise ValueError(
@@ -638,7 +373,7 @@ def rank_update_(
     check_factors("rank_update_", weight, tensors, sizes)
     torch.ops.ttt_fast.rank_update_(
         weight, x, dy, beta, scale=float(scale), rounding=rounding, seed=seed,
-        backend=_chosen("rank_update_", weight.device.type, backend),
+        backend=choose("rank_update_", weight.device.type, backend),
     )  # fmt: skip
 
 
@@ -683,7 +418,7 @@ def nll_(
             )
     return torch.ops.ttt_fast.nll_(
         logits, targets, ignore_index=ignore_index,
-        backend=_chosen("nll_", logits.device.type, backend),
+        backend=choose("nll_", logits.device.type, backend),
     )  # fmt: skip
 
 
@@ -755,7 +490,7 @@ def _rms_norm_backend(op: str, x: Tensor, weight: Tensor, more: list, backend: s
     wide = (compute_dtype(x.dtype),)
     tensors = [("x", x, ("B", "M", "D"), ()), ("weight", weight, ("B", "D"), wide), *more]
     check_factors(op, x, tensors, {})
-    return _chosen(op, x.device.type, backend)
+    return choose(op, x.device.type, backend)
 
 
 @torch.no_grad()
@@ -816,7 +551,7 @@ def _glu_backend(op: str, tensors: list[tuple[str, Tensor]], activation: str, ba
         raise ValueError(f"{op}: activation={activation!r} is unknown; use one of {known}.")
     axes = tuple(f"n{i}" for i in range(gate.dim()))
     check_factors(op, gate, [(name, tensor, axes, ()) for name, tensor in tensors], {})
-    return _chosen(op, gate.device.type, backend)
+    return choose(op, gate.device.type, backend)
 
 
 @torch.no_grad()
@@ -846,7 +581,7 @@ def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor], *, backend: str = "aut
             f"{' and '.join(sorted(map(str, devices)))}; use backend='auto'."
         )
     # Between devices only torch can copy; that is what "auto" means there.
-    chosen = "torch" if len(devices) > 1 else _chosen_for("copy_", dsts, backend)
+    chosen = "torch" if len(devices) > 1 else choose_for("copy_", dsts, backend)
     torch.ops.ttt_fast.copy_(list(dsts), list(srcs), backend=chosen)
 
 
@@ -859,12 +594,12 @@ def undo_restore_(params: Sequence[Tensor], undo: UndoLog, *, backend: str = "au
         undo: the log; it stays as it is, so that restoring again changes nothing.
         backend: "auto", "torch", "cpp", "triton" or "cuda".
     """
-    chosen = _chosen_for("undo_restore_", params, backend)
+    chosen = choose_for("undo_restore_", params, backend)
     torch.ops.ttt_fast.undo_restore_(list(params), undo.tensors, undo.offsets, backend=chosen)
 
 
 @torch.no_grad()
 def checksum(tensors: Sequence[Tensor], *, backend: str = "auto") -> int:
     """64-bit checksum of the bits of all tensors in order (formula: ``reference.checksum``)."""
-    chosen = _chosen_for("checksum", tensors, backend)
+    chosen = choose_for("checksum", tensors, backend)
     return int(torch.ops.ttt_fast.checksum(list(tensors), backend=chosen))
