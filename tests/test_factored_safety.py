@@ -112,6 +112,9 @@ def test_weights_that_their_owner_changed_between_prompts(where):
     copy = twin(model)
     with trainer.adapt(IDS) as adapted, trainer_of(copy).adapt(IDS) as fresh:
         assert torch.equal(adapted.losses, fresh.losses)
+        # They are the weights that the deltas belong to, wherever they lie now.
+        ours, theirs = adapted.state_dict(), fresh.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 # ---------------------------------------------------------------------------- from prompt to prompt

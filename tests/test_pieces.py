@@ -197,10 +197,18 @@ def test_a_module_with_a_forward_of_its_own_on_the_instance_keeps_it(engine, nam
     assert len(seen) == 2 and "forward" in vars(module)
 
 
-def test_gradients_of_gradients_through_an_adapted_model():
+def test_an_input_of_another_dtype_is_left_to_the_modules_own_code():
+    norm = new_norm(by_name["LlamaRMSNorm"])
+    (piece,) = pieces_of(norm, "auto", lambda x: False)
+    x = noise(2, 33).bfloat16()
+    assert torch.equal(piece.forward(x), norm(x)) and piece.forward(x).dtype == norm(x).dtype
+
+
+@pytest.mark.parametrize("scope", ["all", "ffn"])
+def test_gradients_of_gradients_through_an_adapted_model(scope):
     """They need operations of torch, which the modules' own code has."""
     model = tiny_model("llama")
-    config = TTTConfig(lr=1e-2, steps=2, engine="factored")
+    config = TTTConfig(lr=1e-2, steps=2, engine="factored", scope=scope)
     with TTTTrainer(model, config).adapt(prompt_ids(6)):
         embeddings = model.get_input_embeddings()(prompt_ids(5)).detach().requires_grad_()
         loss = model(inputs_embeds=embeddings).logits.square().mean()

@@ -1,7 +1,11 @@
 """Layers that nothing adapted reaches are computed once for a batch, and nothing else changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
+from transformers import PretrainedConfig
 
 from tests.families import tiny_model
 from tests.loops import prompt_ids
@@ -118,7 +122,8 @@ def test_rows_that_were_written_to_are_other_rows(engine):
     config = TTTConfig(lr=1e-2, steps=2, engine=engine, layers="-1:")
     losses = []
     for in_place in (True, False):
-        ids, other = prompt_ids(7), prompt_ids(7, seed=1)
+        ids, other = prompt_ids(7), prompt_ids(7, seed=2)
+        assert not torch.equal(ids, other)
         session = TTTTrainer(model, config).begin()
         parts = parts_of(session, Batch(ids))
         session.step_parts(parts)
@@ -160,17 +165,42 @@ def test_whoever_begins_to_watch_later_sees_every_step_from_then_on(engine):
     assert len(seen) == STEPS - 2
 
 
+class Collecting(nn.Module):
+    """A language model that returns what each layer gives, by a loop of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = PretrainedConfig(output_hidden_states=True)
+        self.embed = nn.Embedding(101, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 101)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, use_cache=None):
+        hidden = [self.embed(input_ids)]
+        for layer in self.layers:
+            hidden.append(layer(hidden[-1]).tanh())
+        return SimpleNamespace(logits=self.head(hidden[-1]), hidden_states=hidden)
+
+
 @ENGINES
-def test_hidden_states_of_each_layer_are_those_of_the_layer(engine):
+@pytest.mark.parametrize("kind", ["transformers", "own loop"])
+def test_hidden_states_of_each_layer_are_those_of_the_layer(engine, kind):
     """Of a model that returns them all, the objective may use any."""
-    model, seen = tiny_model("llama"), []
-    model.config.output_hidden_states = True
+    model, seen = Collecting(), []
+    if kind == "transformers":
+        model = tiny_model("llama")
+        model.config.output_hidden_states = True
 
     def objective(outputs, batch):
         seen.append(outputs.hidden_states[1].detach().clone())
         return negative_log_likelihood(outputs, batch)
 
-    config = TTTConfig(lr=1e-2, steps=STEPS, engine=engine, layers="-1:")
+    options = dict(scope=["head.weight"]) if kind == "own loop" else dict(layers="-1:")
+    config = TTTConfig(lr=1e-2, steps=STEPS, engine=engine, **options)
     TTTTrainer(model, config, objective=objective).adapt(prompt_ids(7)).restore()
     assert len(seen) == STEPS and all(torch.equal(seen[0], each) for each in seen)
 
