@@ -225,3 +225,11 @@ def test_an_explicit_request_never_falls_back(monkeypatch):
     assert ops.grad_norm([torch.ones(4)]).item() == 2.0
     with pytest.raises(ValueError, match="broken on purpose"):
         ops.grad_norm([torch.ones(4)], backend="cpp")
+
+
+def test_a_setting_for_a_run_means_what_each_op_has_on_its_tensors():
+    for setting in ("cuda", "triton"):
+        assert ops.implementation("gram_norm", "cpu", setting) is ops.implementation(
+            "gram_norm", "cpu"
+        )
+    assert ops.implementation("gram_norm", "cpu", "torch") is reference.gram_norm

@@ -117,6 +117,21 @@ def test_weights_that_their_owner_changed_between_prompts(where):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("what", ["cast", "replaced"])
+def test_weights_that_are_others_are_refused(what):
+    model = tiny_model("llama")
+    trainer = trainer_of(model)
+    trainer.adapt(IDS).restore()
+    if what == "cast":
+        model.bfloat16()
+    else:
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(model.config.hidden_size))
+    with pytest.raises(RuntimeError, match="adapt: .* was .* and is .*Make a new TTTTrainer"):
+        trainer.adapt(IDS)
+    assert not any("forward" in vars(module) for module in model.modules())
+    trainer_of(model).adapt(IDS).restore()
+
+
 # ---------------------------------------------------------------------------- from prompt to prompt
 
 
