@@ -15,6 +15,7 @@
 
 #include "gradient_factor.h"
 #include "launchers.h"
+#include "stable_dtype.h"
 
 namespace ttt_fast {
 namespace {
@@ -23,21 +24,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::F32;
-    case ScalarType::BFloat16:
-      return Dtype::BF16;
-    case ScalarType::Half:
-      return Dtype::F16;
-    case ScalarType::Double:
-      return Dtype::F64;
-    default:
-      return Dtype::OTHER;
-  }
-}
 
 // Fold the dimensions, innermost first, into runs of consecutive memory and as few outer dimensions
 // as possible: a contiguous tensor becomes one run, rows of a fused projection one outer dimension.

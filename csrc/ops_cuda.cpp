@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cuda/launchers.h"
+#include "stable_dtype.h"
 
 namespace ttt_fast {
 namespace {
@@ -51,20 +52,10 @@ T* data_of(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* wh
   return static_cast<T*>(tensor.data_ptr());
 }
 
-Dtype dtype_of(const Tensor& tensor, const char* what) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::F32;
-    case ScalarType::BFloat16:
-      return Dtype::BF16;
-    case ScalarType::Half:
-      return Dtype::F16;
-    case ScalarType::Double:
-      return Dtype::F64;
-    default:
-      STD_TORCH_CHECK(false, what, " must be a floating-point tensor.");
-  }
-  return Dtype::OTHER;
+Dtype float_dtype_of(const Tensor& tensor, const char* what) {
+  const Dtype dtype = dtype_of(tensor);
+  STD_TORCH_CHECK(dtype != Dtype::OTHER, what, " must be a floating-point tensor.");
+  return dtype;
 }
 
 // The tensors of a PointerTable: pointers, numel, index, tensor.
@@ -85,7 +76,7 @@ cuda::DeviceScalar scalar_of(const MaybeTensor& tensor, const char* what) {
   if (!tensor) return {nullptr, Dtype::OTHER};
   STD_TORCH_CHECK(is_on_device(*tensor) && tensor->numel() == 1, what,
                   " must be a CUDA tensor of one element.");
-  return {tensor->data_ptr(), dtype_of(*tensor, what)};
+  return {tensor->data_ptr(), float_dtype_of(*tensor, what)};
 }
 
 // The tensors of an UndoLog, then offsets and numel of the tensors, then the update's scratch.
@@ -220,7 +211,7 @@ cuda::Rows rows_of(const Tensor& tensor, const char* what) {
 
 void gram_norm_(Tensor norms, Tensor partial, Tensor x, Tensor dy, int64_t stream) {
   const cuda::Rows x_rows = rows_of(x, "x"), dy_rows = rows_of(dy, "dy");
-  const Dtype dtype = dtype_of(x, "x");
+  const Dtype dtype = float_dtype_of(x, "x");
   const int64_t batch = x.sizes()[0], tokens = x.sizes()[1];
   STD_TORCH_CHECK(
       dy.sizes()[0] == batch && dy.sizes()[1] == tokens && dy.scalar_type() == x.scalar_type(),

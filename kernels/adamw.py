@@ -19,22 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import chunk_pointer, divide, read, scalar, square_root, write
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.update import (
     GRADS,
     STATES,
     apply_step,
-    chunk_pointer,
-    divide,
     launch_update,
     live_numel,
-    read,
     read_weight,
-    scalar,
     scale_gradient,
-    square_root,
     update_case,
-    write,
 )
 
 
@@ -135,12 +130,8 @@ def adamw_launch(
 
 
 def _case(name: str, bytes_per_element: float, dtypes: tuple, **kwargs: bool | str) -> Case:
-    scalars = (
-        "max_grad_norm", "one_minus_beta1", "beta2", "one_minus_beta2", "sqrt_correction2", "eps",
-        "minus_step_size", "lr_weight_decay",
-    )  # fmt: skip
     options = {"CLIP": True, "MAXIMIZE": False, "DECAY": True}
-    return update_case(name, adamw_kernel, bytes_per_element, dtypes, scalars, options, **kwargs)
+    return update_case(name, adamw_kernel, bytes_per_element, dtypes, options, **kwargs)
 
 
 _B, _F, _H, _D = torch.bfloat16, torch.float32, torch.float16, torch.float64

@@ -2,7 +2,7 @@
 
 Fused: mixing and sum over all tensors. Sums are modulo 2⁶⁴, so that their order changes nothing and
 programs may add to one number.
-Bytes per element: the element, read once; 40 bytes of tables for a chunk of 32768. Bound: memory
+Bytes per element: the element, read once; 24 bytes of tables for a chunk of 32768. Bound: memory
 bandwidth for 4 bytes and more, else the three 64-bit products of an element.
 Reference: checksum in ttt_fast/reference.py, the same number.
 """
@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_fast.kernels.copy import INTEGERS, as_integers, has_long_rows
+from ttt_fast.kernels.blocks import chunk_pointer, read
+from ttt_fast.kernels.copy import INTEGERS, TRITON_INTEGERS, as_integers
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.pointer_table import pointer_tables
-from ttt_fast.kernels.update import chunk_pointer, read
+from ttt_fast.kernels.pointer_table import pointer_tables, with_long_runs
 
 # Elements of a program, and of a round of its loop: 16 a thread.
 CHUNK = 32768
@@ -64,7 +64,7 @@ def checksum_kernel(
 
 
 def checksum_launch(tensors: Sequence[Tensor]) -> Tensor:
-    """See :func:`ttt_fast.ops.checksum`. Tensors of short rows (transposed ones) are copied first.
+    """See :func:`ttt_fast.ops.checksum`. Tensors of short runs (transposed ones) are copied first.
 
     Returns:
         0-dim int64 on the CPU, which waits for the device.
@@ -79,9 +79,10 @@ def checksum_launch(tensors: Sequence[Tensor]) -> Tensor:
                 f"checksum: tensors[{position}] is {tensor.dtype}, whose elements have"
                 f" {tensor.itemsize} bytes; at most 8 are supported."
             )
-        plain.append(as_integers(tensor if has_long_rows(tensor) else tensor.contiguous()))
+        plain.append(as_integers(tensor))
+    lists, _ = with_long_runs([plain], {})
     totals: dict[torch.device, Tensor] = {}
-    for table in pointer_tables([plain], CHUNK):
+    for table in pointer_tables(lists, CHUNK):
         device = table.numel.device
         if device not in totals:
             totals[device] = torch.zeros((), dtype=torch.int64, device=device)
@@ -95,9 +96,7 @@ def checksum_launch(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _constants(dtype: torch.dtype, aligned: bool) -> dict[str, object]:
-    return {
-        "DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "ALIGNED": aligned, "BLOCK": BLOCK
-    }  # fmt: skip
+    return {"DTYPE": TRITON_INTEGERS[dtype], "ALIGNED": aligned, "BLOCK": BLOCK}
 
 
 CASES = [

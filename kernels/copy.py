@@ -16,19 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import TRITON_DTYPES, chunk_pointer, read, write
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.pointer_table import pointer_tables
-from ttt_fast.kernels.update import TRITON_DTYPES, chunk_pointer, read, write
+from ttt_fast.kernels.pointer_table import has_long_runs, pointer_tables
 
 # Elements of a program, as a straight line: all its loads are on their way before the first store.
 BLOCK = 8192
 NUM_WARPS = 8
-# Rows of a strided tensor that are shorter are not worth a chunk, which is a program each.
-SHORTEST_ROW_BYTES = 128
 
 # Bytes of an element -> the integers that have its bits.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TRITON = TRITON_DTYPES | {i: getattr(tl, str(i).removeprefix("torch.")) for i in INTEGERS.values()}
+TRITON_INTEGERS = {
+    torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64,
+}  # fmt: skip
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def copy_kernel(
 def copy_launch(dsts: Sequence[Tensor], srcs: Sequence[Tensor]) -> None:
     """See :func:`ttt_fast.ops.copy_`; here the dtypes of a pair may differ.
 
-    Complex and mixed integer types, and tensors of short rows (transposed ones), are torch's.
+    Complex and mixed integer types, and tensors of short runs (transposed ones), are torch's.
 
     Raises:
         ValueError: a destination is expanded.
@@ -66,7 +66,7 @@ def copy_launch(dsts: Sequence[Tensor], srcs: Sequence[Tensor]) -> None:
     ours: tuple[list[Tensor], list[Tensor]] = ([], [])
     for dst, src in zip(dsts, srcs, strict=True):
         pair = _as_stored(dst, src)
-        if pair is None or not (has_long_rows(dst) and has_long_rows(src)):
+        if pair is None or not (has_long_runs(dst) and has_long_runs(src)):
             dst.copy_(src)
             continue
         for tensors, tensor in zip(ours, pair, strict=True):
@@ -92,15 +92,8 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.detach().view(INTEGERS[tensor.itemsize])
 
 
-def has_long_rows(tensor: Tensor) -> bool:
-    """Whether enough elements lie side by side for chunks to be worth it."""
-    if tensor.is_contiguous():
-        return True
-    return tensor.stride(-1) == 1 and tensor.shape[-1] * tensor.itemsize >= SHORTEST_ROW_BYTES
-
-
 def _constants(dtypes: Sequence[torch.dtype], aligned: bool) -> dict[str, object]:
-    dst, src = (_TRITON[dtype] for dtype in dtypes)
+    dst, src = ((TRITON_DTYPES | TRITON_INTEGERS)[dtype] for dtype in dtypes)
     return {"DST": dst, "SRC": src, "ALIGNED": aligned, "BLOCK": BLOCK}
 
 

@@ -30,8 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import pointer_to
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.two_terms import two_terms
+from ttt_fast.reference import compute_dtype
 
 # Rows of scores are padded to a multiple of it: of every tile's columns and depth.
 RANK_PADDING = 128
@@ -270,22 +272,17 @@ def delta_linear_launch(
 
 # ---------------------------------------------------------------------------- machine code
 
-_NAMES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-}  # fmt: skip
-
 
 def _types(dtype: torch.dtype) -> tuple[str, str, str]:
     """Pointers to storage, to scores, to coefficients."""
-    wide = "*fp64" if dtype == torch.float64 else "*fp32"
-    return f"*{_NAMES[dtype]}", f"*{_NAMES[SCORES[dtype][0]]}", wide
+    return pointer_to(dtype), pointer_to(SCORES[dtype][0]), pointer_to(compute_dtype(dtype))
 
 
 def _score_case(dtype: torch.dtype, tiles: Tiles) -> Case:
     storage, score, wide = _types(dtype)
     sizes = ("tokens", "width", "rank", "splits", "stride_ab", "stride_ar", "stride_bb")
     return Case(
-        f"{_NAMES[dtype]}, scores, {tiles.rows} x {tiles.columns}", scores_kernel,
+        f"{storage[1:]}, scores, {tiles.rows} x {tiles.columns}", scores_kernel,
         {"x": storage, "a": storage, "beta": wide, "h": score} | dict.fromkeys(sizes, "i32"),
         _score_constants(tiles, dtype), **_options(tiles),
         divisible=("x", "a", "beta", "h", "width", "stride_ab", "stride_ar"),
@@ -301,7 +298,7 @@ def _product_case(dtype: torch.dtype, tiles: Tiles, by_columns: bool = False) ->
     sizes = (*strides, "rows", "tokens", "rank", "splits")
     order = ", W by columns" if by_columns else ""
     return Case(
-        f"{_NAMES[dtype]}, {tiles.rows} x {tiles.columns}{order}", delta_linear_kernel,
+        f"{storage[1:]}, {tiles.rows} x {tiles.columns}{order}", delta_linear_kernel,
         tensors | dict.fromkeys(sizes, "i32"), _product_constants(tiles, dtype) | {unit: 1},
         **_options(tiles), divisible=(*tensors, *strides), dot=dtype != torch.float32,
     )  # fmt: skip

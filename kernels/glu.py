@@ -8,13 +8,16 @@ it. Reference: glu in ttt_fast/reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import divide, pointer_to, read, write
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.update import divide, read, write
 
 # Elements of a program, a straight line: 8 for each thread, in 16 bits one access of each tensor.
 BLOCK = 1024
@@ -82,19 +85,20 @@ def glu_launch(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
 # ---------------------------------------------------------------------------- machine code
 
 
-def _case(activation: str, dtype: torch.dtype, letters: str) -> Case:
-    pointers = dict.fromkeys(("gate", "up", "y"), f"*{letters}")
-    return Case(
-        f"{str(dtype).removeprefix('torch.')}, {activation}", glu_kernel,
-        pointers | {"numel": "i32"}, {"ACTIVATION": activation, "BLOCK": BLOCK}, NUM_WARPS,
-        divisible=tuple(pointers), bytes_per_element=3 * dtype.itemsize, block=BLOCK,
-    )  # fmt: skip
+def cases(kernel: Any, tensors: Sequence[str]) -> list[Case]:
+    """Cases of either kernel, which reads or writes each of its tensors once."""
+    return [
+        Case(
+            f"{str(dtype).removeprefix('torch.')}, {activation}", kernel,
+            dict.fromkeys(tensors, pointer_to(dtype)) | {"numel": "i32"},
+            {"ACTIVATION": activation, "BLOCK": BLOCK}, NUM_WARPS, divisible=tuple(tensors),
+            bytes_per_element=len(tensors) * dtype.itemsize, block=BLOCK,
+        )
+        for dtype, activation in (
+            (torch.bfloat16, "silu"), (torch.bfloat16, "gelu_tanh"), (torch.float16, "silu"),
+            (torch.float32, "silu"), (torch.float64, "gelu_tanh"),
+        )
+    ]  # fmt: skip
 
 
-CASES = [
-    _case("silu", torch.bfloat16, "bf16"),
-    _case("gelu_tanh", torch.bfloat16, "bf16"),
-    _case("silu", torch.float16, "fp16"),
-    _case("silu", torch.float32, "fp32"),
-    _case("gelu_tanh", torch.float64, "fp64"),
-]
+CASES = cases(glu_kernel, ("gate", "up", "y"))

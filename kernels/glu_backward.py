@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_fast.kernels.glu import BLOCK, NUM_WARPS, activated
-from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.update import read, write
+from ttt_fast.kernels.blocks import read, write
+from ttt_fast.kernels.glu import BLOCK, NUM_WARPS, activated, cases
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -56,22 +55,4 @@ def glu_backward_launch(
     return dgate, dup
 
 
-# ---------------------------------------------------------------------------- machine code
-
-
-def _case(activation: str, dtype: torch.dtype, letters: str) -> Case:
-    pointers = dict.fromkeys(("dy", "gate", "up", "dgate", "dup"), f"*{letters}")
-    return Case(
-        f"{str(dtype).removeprefix('torch.')}, {activation}", glu_backward_kernel,
-        pointers | {"numel": "i32"}, {"ACTIVATION": activation, "BLOCK": BLOCK}, NUM_WARPS,
-        divisible=tuple(pointers), bytes_per_element=5 * dtype.itemsize, block=BLOCK,
-    )  # fmt: skip
-
-
-CASES = [
-    _case("silu", torch.bfloat16, "bf16"),
-    _case("gelu_tanh", torch.bfloat16, "bf16"),
-    _case("silu", torch.float16, "fp16"),
-    _case("silu", torch.float32, "fp32"),
-    _case("gelu_tanh", torch.float64, "fp64"),
-]
+CASES = cases(glu_backward_kernel, ("dy", "gate", "up", "dgate", "dup"))

@@ -1,8 +1,9 @@
 """Norm of all gradients of a call: a launch for each dtype, then one program that ends it.
 
 Fused: conversion, square and float64 sum over all tensors in one pass; sum over chunks and root.
-Bytes per element: 2 in bfloat16, 4 in float32, read once; 8 more for each chunk of 32768. Bound:
-memory bandwidth, or, on a GPU with few float64 units, the two float64 operations an element.
+Bytes per element: 2 in bfloat16, 4 in float32, read once; 28 more for each chunk of 32768 (tables,
+and its sum written and read). Bound: memory bandwidth, or, on a GPU with few float64 units, the two
+float64 operations an element.
 Chunks are summed in a fixed order, so that the result does not depend on how programs run.
 Reference: grad_norm in ttt_fast/reference.py (same sum, another order).
 """
@@ -16,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.pointer_table import PointerTable, pointer_tables, with_long_runs
-from ttt_fast.kernels.update import (
+from ttt_fast.kernels.blocks import (
     SUMS_BLOCK,
     SUMS_WARPS,
     TRITON_DTYPES,
@@ -26,6 +25,8 @@ from ttt_fast.kernels.update import (
     read,
     square_root,
 )
+from ttt_fast.kernels.machine_code import Case
+from ttt_fast.kernels.pointer_table import PointerTable, pointer_tables, with_long_runs
 
 # Elements of a program, and of a round of its loop: 16 a thread.
 CHUNK = 32768

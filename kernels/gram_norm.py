@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import TRITON_DTYPES, pointer_to
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.pointer_table import device_integers
-from ttt_fast.kernels.update import TRITON_DTYPES
 from ttt_fast.reference import compute_dtype
 
 # Smaller tiles read more but make more programs: a GPU has 100 to 150 multiprocessors to fill.
@@ -297,23 +297,24 @@ def _finish(partials: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- machine code
 
 
-def _case(name: str, dtype: torch.dtype, letters: str, tile: int) -> Case:
+def _case(dtype: torch.dtype, tile: int) -> Case:
     ints = ("x_delta_stride", "x_row_stride", "x_width", "dy_delta_stride", "dy_row_stride",
             "dy_width", "tokens")  # fmt: skip
-    pointers = {"x": f"*{letters}", "dy": f"*{letters}"}
-    pointers["partials"] = "*fp64" if dtype == torch.float64 else "*fp32"
+    pointers = dict.fromkeys(("x", "dy"), pointer_to(dtype))
+    pointers["partials"] = pointer_to(compute_dtype(dtype))
     return Case(
-        f"{name}, tiles of {tile}", gram_norm_kernel, pointers | dict.fromkeys(ints, "i32"),
+        f"{str(dtype).removeprefix('torch.')}, tiles of {tile}", gram_norm_kernel,
+        pointers | dict.fromkeys(ints, "i32"),
         _constants(tile, dtype) | {"SINGLE": False}, **_launch_options(tile),
         divisible=tuple(pointers), dot=dtype != torch.float32,
     )  # fmt: skip
 
 
 CASES = [
-    *(_case("bfloat16", torch.bfloat16, "bf16", tile) for tile in (*TILES, SMALLEST_TILE)),
-    *(_case("float32", torch.float32, "fp32", tile) for tile in (*TILES, SMALLEST_TILE)),
-    _case("float16", torch.float16, "fp16", 64),
-    _case("float64", torch.float64, "fp64", 32),
+    *(_case(torch.bfloat16, tile) for tile in (*TILES, SMALLEST_TILE)),
+    *(_case(torch.float32, tile) for tile in (*TILES, SMALLEST_TILE)),
+    _case(torch.float16, 64),
+    _case(torch.float64, 32),
     Case(
         "bfloat16, tiles of 64", gram_norms_kernel,
         {"table": "*i64", "partials": "*fp32", "tokens": "i32"},

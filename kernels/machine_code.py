@@ -76,7 +76,6 @@ class Case(NamedTuple):
             line, one round of the loop where it loops. None where that is no measure (a dot).
         block: elements of a program, or of one round of its loop; with ``bytes_per_element``.
         dot: must use tensor cores.
-        max_registers: for a thread.
     """
 
     name: str
@@ -89,7 +88,6 @@ class Case(NamedTuple):
     bytes_per_element: float | None = None
     block: int | None = None
     dot: bool = False
-    max_registers: int = 255
 
 
 class Report(NamedTuple):
@@ -104,7 +102,7 @@ class Report(NamedTuple):
         shared: bytes of shared memory for a block.
         instructions: opcode with its suffixes -> how often it stands in the code.
         sass: the machine code as text.
-        ptx: what it was assembled from.
+        ptx: what it was assembled from, where Triton compiled it.
     """
 
     case: Case
@@ -201,16 +199,26 @@ def build(case: Case, arch: int, **options: Any) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = _run("nvdisasm", "-c", str(cubin))
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
+        report = report_of(case, arch, *listings(cubin))
+    # Shared memory whose size the launch names is not in the cubin.
+    shared = max(report.shared, compiled.metadata.shared)
+    return report._replace(shared=shared, ptx=compiled.asm["ptx"])
+
+
+def listings(cubin: Path) -> tuple[str, str]:
+    """The machine code of all kernels in a cubin as text, and what each of them uses."""
+    return _run("nvdisasm", "-c", str(cubin)), _run("cuobjdump", "-res-usage", str(cubin))
+
+
+def report_of(case: Case, arch: int, sass: str, usage: str) -> Report:
+    """Read what :func:`listings` says of one kernel."""
     instructions = Counter(match[1] for match in _INSTRUCTION.finditer(sass))
     return Report(
         case, arch,
         registers=_used("REG", usage),
         spills=sum(n for op, n in instructions.items() if op.split(".")[0] in _LOCAL),
         stack=_used("STACK", usage) + _used("LOCAL", usage),
-        shared=max(_used("SHARED", usage), compiled.metadata.shared),
-        instructions=instructions, sass=sass, ptx=compiled.asm["ptx"],
+        shared=_used("SHARED", usage), instructions=instructions, sass=sass, ptx="",
     )  # fmt: skip
 
 

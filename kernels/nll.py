@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import divide, pointer_to
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.update import divide
 from ttt_fast.reference import NLL_SMALLEST, compute_dtype
 
 BLOCK_BYTES = 8192
@@ -169,22 +169,22 @@ def _constants(itemsize: int) -> dict[str, int | float]:
 # ---------------------------------------------------------------------------- machine code
 
 
-def _case(dtype: torch.dtype, letters: str, wide: str) -> Case:
+def _case(dtype: torch.dtype, *, aligned: bool = True) -> Case:
     return Case(
-        str(dtype).removeprefix("torch."), nll_kernel,
+        str(dtype).removeprefix("torch.") + ", odd addresses" * (not aligned), nll_kernel,
         {
-            "logits": f"*{letters}", "targets": "*i64", "losses": f"*{wide}", "row_stride": "i32",
+            "logits": pointer_to(dtype), "targets": "*i64",
+            "losses": pointer_to(compute_dtype(dtype)), "row_stride": "i32",
             "target_stride": "i32", "vocabulary": "i32", "ignore_index": "i32",
         },
         _constants(dtype.itemsize), NUM_WARPS,
+        divisible=("logits", "targets", "losses") if aligned else ("losses",),
         # Two reads and one write, and the zeros of an ignored row: of these a program does either.
         bytes_per_element=4 * dtype.itemsize, block=BLOCK_BYTES // dtype.itemsize,
     )  # fmt: skip
 
 
 CASES = [
-    _case(torch.bfloat16, "bf16", "fp32"),
-    _case(torch.float16, "fp16", "fp32"),
-    _case(torch.float32, "fp32", "fp32"),
-    _case(torch.float64, "fp64", "fp64"),
+    *(_case(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+    _case(torch.bfloat16, aligned=False),
 ]

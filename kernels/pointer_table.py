@@ -106,15 +106,14 @@ def pointer_tables(
         for tensors in lists
     )
     devices = tuple(tensor.device for tensor in next(filter(len, lists), ()))
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def build() -> tuple[list[PointerTable], list[Tensor]]:
         for position, name in (written or {}).items():
             for i, memory in enumerate(memories[position]):
                 _refuse_expanded(f"{name}[{i}]", memory.shape, memory.strides)
-        return _build_tables(memories, devices, chunk, capturing)
+        return _build_tables(memories, devices, chunk)
 
-    tables, _ = _kept(_TABLES, (memories, devices, chunk), build, capturing)
+    tables, _ = _kept(_TABLES, (memories, devices, chunk), build)
     return tables
 
 
@@ -139,7 +138,7 @@ def with_long_runs(
     long: list[Sequence[Tensor]] = []
     copies = []
     for position, tensors in enumerate(lists):
-        short = [i for i, tensor in enumerate(tensors) if _is_short(tensor)]
+        short = [i for i, tensor in enumerate(tensors) if not has_long_runs(tensor)]
         if short:
             tensors = list(tensors)
         for i in short:
@@ -151,29 +150,28 @@ def with_long_runs(
     return long, copies
 
 
-def _is_short(tensor: Tensor) -> bool:
-    return not tensor.is_contiguous() and _runs(tensor.shape, tensor.stride())[0] < SHORTEST_RUN
+def has_long_runs(tensor: Tensor) -> bool:
+    """Whether enough elements lie side by side for chunks to be worth a program each."""
+    return tensor.is_contiguous() or _runs(tensor.shape, tensor.stride())[0] >= SHORTEST_RUN
 
 
 def device_integers(values: Sequence[int], device: torch.device) -> Tensor:
     """Numbers that kernels read, (n,) int64, uploaded once and kept like the tables."""
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def build() -> tuple[Tensor, Tensor]:
         host = _pinned(np.asarray(values, dtype=np.int64), device)
         return host.to(device, non_blocking=True), host
 
-    return _kept(_INTEGERS, (tuple(values), device), build, capturing)[0]
+    return _kept(_INTEGERS, (tuple(values), device), build)[0]
 
 
-def _kept(
-    cache: OrderedDict[Hashable, Any], key: Hashable, build: Callable[[], Any], capturing: bool
-) -> Any:
+def _kept(cache: OrderedDict[Hashable, Any], key: Hashable, build: Callable[[], Any]) -> Any:
     """Return the entry of ``key``, built if need be; the least recently used one goes.
 
     What is built while a CUDA graph is captured holds nothing before the graph is replayed, so that
     nobody else must find it.
     """
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     entry = cache.get(key)
     if entry is not None:
         cache.move_to_end(key)
@@ -192,7 +190,6 @@ def _build_tables(
     memories: tuple[tuple[_Memory, ...], ...],
     devices: tuple[torch.device, ...],
     chunk: int,
-    capturing: bool,
 ) -> tuple[list[PointerTable], list[Tensor]]:
     """Tables, and the host tensors that their upload reads."""
     addresses = np.zeros((len(memories), len(devices)), dtype=np.int64)
@@ -205,7 +202,7 @@ def _build_tables(
     def build() -> list[_Cuts]:
         return _cut(layouts, devices, aligned, chunk)
 
-    groups = _kept(_CUTS, (layouts, devices, aligned, chunk), build, capturing)
+    groups = _kept(_CUTS, (layouts, devices, aligned, chunk), build)
     hosts: dict[torch.device, Tensor] = {}
     bases: dict[torch.device, Tensor] = {}
     tables = []

@@ -23,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import TRITON_DTYPES, pointer_to
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.rounding import random_bits, random_key, round_stochastic, seed_key
 from ttt_fast.kernels.two_terms import two_terms
+from ttt_fast.reference import compute_dtype
 
 # Rows of tiles whose tiles come one after the other: they share what they read of x and dy.
 GROUP = 8
@@ -50,10 +52,6 @@ TILES = {
     # Without tensor cores a product is an instruction of every thread, and the loop is unrolled.
     torch.float32: (Tiles(32, 32, 16, 4, 3), Tiles(64, 64, 16, 4, 3)),
     torch.float64: (Tiles(32, 32, 16, 4, 2), Tiles(32, 32, 16, 4, 2)),
-}  # fmt: skip
-_TRITON = {
-    torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
-    torch.float32: tl.float32, torch.float64: tl.float64,
 }  # fmt: skip
 
 
@@ -129,7 +127,7 @@ def _constants(product: torch.dtype, tiles: Tiles, stochastic: bool) -> dict[str
     """TF32 is for operands that fit it: float16, and its two terms."""
     half = product == torch.float16
     return {
-        "STOCHASTIC": stochastic, "FACTOR": _TRITON[torch.float32 if half else product],
+        "STOCHASTIC": stochastic, "FACTOR": TRITON_DTYPES[torch.float32 if half else product],
         "TERMS": 2 if product in (torch.bfloat16, torch.float16) else 1,
         "PRECISION": "tf32" if half else "ieee",
         "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_R": tiles.depth, "GROUP_M": GROUP,
@@ -175,23 +173,19 @@ def rank_update_launch(
 
 # ---------------------------------------------------------------------------- machine code
 
-_NAMES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-}  # fmt: skip
-
 
 def _case(
     dtype: torch.dtype, size: int, *, stochastic: bool = False, by_columns: bool = False
 ) -> Case:
     tiles = TILES[dtype][size]
-    storage = f"*{_NAMES[dtype]}"
-    wide = "*fp64" if dtype == torch.float64 else "*fp32"
-    pointers = dict.fromkeys(("weight", "x", "dy"), storage) | {"beta": wide}
+    storage = pointer_to(dtype)
+    pointers = dict.fromkeys(("weight", "x", "dy"), storage)
+    pointers["beta"] = pointer_to(compute_dtype(dtype))
     unit, stride = ("stride_wr", "stride_wk")[:: 1 if by_columns else -1]
     sizes = ("out", "width", "group_rows", "stride_wg", stride, "stride_xr", "stride_dr")
     numbers = {"scale": "fp64", "seed_key": "i64", "rank": "i32", "stride_beta": "i32"}
     constants = {"scale_at": None, unit: 1, "stride_xk": 1, "stride_dn": 1, "GROUPED": False}
-    words = (_NAMES[dtype], f"{tiles.rows} x {tiles.columns}", "stochastic" * stochastic,
+    words = (storage[1:], f"{tiles.rows} x {tiles.columns}", "stochastic" * stochastic,
              "W by columns" * by_columns)  # fmt: skip
     return Case(
         ", ".join(filter(None, words)), rank_update_kernel,

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import divide, pointer_to, scalar, square_root
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.update import divide, scalar, square_root
 from ttt_fast.reference import compute_dtype
 
 # Of a tile, in the compute type: the backward has six such numbers for each element at a time.
@@ -182,13 +182,11 @@ def case_name(tiles: Tiles, dtype: torch.dtype, width: int) -> str:
     return name + ", swept" * tiles.swept + ", odd width" * (width % 16 > 0)
 
 
-def _case(
-    dtype: torch.dtype, letters: str, width: int, bytes_per_element: float | None = None
-) -> Case:
+def _case(dtype: torch.dtype, width: int, bytes_per_element: float | None = None) -> Case:
     """Bytes are those of x, y and the weight, whose share is exact where a tile is one row."""
     tiles = tiles_for(width, dtype)
-    wide = "*fp64" if dtype == torch.float64 else "*fp32"
-    pointers = {"x": f"*{letters}", "weight": wide, "y": f"*{letters}", "rstd": wide}
+    storage, wide = pointer_to(dtype), pointer_to(compute_dtype(dtype))
+    pointers = {"x": storage, "weight": wide, "y": storage, "rstd": wide}
     return Case(
         case_name(tiles, dtype, width), rms_norm_kernel,
         pointers | {"tokens": "i32", "width": "i32", "eps": "fp64"}, tiles.constants(True),
@@ -199,15 +197,15 @@ def _case(
 
 
 CASES = [
-    _case(torch.bfloat16, "bf16", 64),
-    _case(torch.bfloat16, "bf16", 1024),
-    _case(torch.bfloat16, "bf16", 4096, 8),
-    _case(torch.bfloat16, "bf16", 8192, 8),
-    _case(torch.bfloat16, "bf16", 16384),
-    _case(torch.bfloat16, "bf16", 4095),
-    _case(torch.bfloat16, "bf16", 4097),
-    _case(torch.float16, "fp16", 4096, 8),
-    _case(torch.float32, "fp32", 4096, 12),
-    _case(torch.float64, "fp64", 2048, 24),
-    _case(torch.float64, "fp64", 4096),
+    _case(torch.bfloat16, 64),
+    _case(torch.bfloat16, 1024),
+    _case(torch.bfloat16, 4096, 8),
+    _case(torch.bfloat16, 8192, 8),
+    _case(torch.bfloat16, 16384),
+    _case(torch.bfloat16, 4095),
+    _case(torch.bfloat16, 4097),
+    _case(torch.float16, 4096, 8),
+    _case(torch.float32, 4096, 12),
+    _case(torch.float64, 2048, 24),
+    _case(torch.float64, 4096),
 ]

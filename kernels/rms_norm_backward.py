@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import pointer_to
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.rms_norm import (
     Tiles,
@@ -29,6 +30,7 @@ from ttt_fast.kernels.rms_norm import (
     store_tile,
     tiles_for,
 )
+from ttt_fast.reference import compute_dtype
 
 # A program takes more tiles where there are so many programs all the same: two for each of the 100
 # to 150 multiprocessors of a GPU.
@@ -175,14 +177,11 @@ def _span(tiles: Tiles, tokens: int, batch: int) -> int:
 # ---------------------------------------------------------------------------- machine code
 
 
-def _case(
-    dtype: torch.dtype, letters: str, width: int, bytes_per_element: float | None = None
-) -> Case:
+def _case(dtype: torch.dtype, width: int, bytes_per_element: float | None = None) -> Case:
     """Bytes are those of dy, x and dx, and of the weight and its gradient as in the forward."""
     tiles = tiles_for(width, dtype)
-    wide = "*fp64" if dtype == torch.float64 else "*fp32"
-    pointers = dict.fromkeys(("dy", "x", "dx"), f"*{letters}")
-    pointers |= dict.fromkeys(("weight", "rstd", "shares"), wide)
+    pointers = dict.fromkeys(("dy", "x", "dx"), pointer_to(dtype))
+    pointers |= dict.fromkeys(("weight", "rstd", "shares"), pointer_to(compute_dtype(dtype)))
     return Case(
         case_name(tiles, dtype, width), rms_norm_backward_kernel,
         pointers | dict.fromkeys(("tokens", "width", "span"), "i32"), tiles.constants(True),
@@ -192,29 +191,29 @@ def _case(
     )  # fmt: skip
 
 
-def _finish_case(letters: str) -> Case:
-    signature = {"shares": f"*{letters}", "dweight": f"*{letters}"}
+def _finish_case(wide: torch.dtype) -> Case:
+    signature = dict.fromkeys(("shares", "dweight"), pointer_to(wide))
     return Case(
-        f"shares of {letters}", rms_norm_finish_kernel,
+        f"shares of {pointer_to(wide)[1:]}", rms_norm_finish_kernel,
         signature | {"programs": "i32", "width": "i32"}, FINISH_TILE, FINISH_WARPS,
         divisible=("shares", "dweight", "width"),
     )  # fmt: skip
 
 
 CASES = [
-    _case(torch.bfloat16, "bf16", 64),
-    _case(torch.bfloat16, "bf16", 1024),
-    _case(torch.bfloat16, "bf16", 4096, 14),
-    _case(torch.bfloat16, "bf16", 8192, 14),
-    _case(torch.bfloat16, "bf16", 16384),
-    _case(torch.bfloat16, "bf16", 4095),
-    _case(torch.bfloat16, "bf16", 4097),
-    _case(torch.float32, "fp32", 4095),
-    _case(torch.float16, "fp16", 4096, 14),
-    _case(torch.float32, "fp32", 4096, 20),
-    _case(torch.float32, "fp32", 8192, 20),
-    _case(torch.float64, "fp64", 2048, 40),
-    _case(torch.float64, "fp64", 4096),
-    _finish_case("fp32"),
-    _finish_case("fp64"),
+    _case(torch.bfloat16, 64),
+    _case(torch.bfloat16, 1024),
+    _case(torch.bfloat16, 4096, 14),
+    _case(torch.bfloat16, 8192, 14),
+    _case(torch.bfloat16, 16384),
+    _case(torch.bfloat16, 4095),
+    _case(torch.bfloat16, 4097),
+    _case(torch.float32, 4095),
+    _case(torch.float16, 4096, 14),
+    _case(torch.float32, 4096, 20),
+    _case(torch.float32, 8192, 20),
+    _case(torch.float64, 2048, 40),
+    _case(torch.float64, 4096),
+    _finish_case(torch.float32),
+    _finish_case(torch.float64),
 ]

@@ -23,20 +23,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import chunk_pointer, read, scalar, write
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.update import (
     GRADS,
     STATES,
     apply_step,
-    chunk_pointer,
     launch_update,
     live_numel,
-    read,
     read_weight,
-    scalar,
     scale_gradient,
     update_case,
-    write,
 )
 
 
@@ -146,14 +143,11 @@ def sgd_launch(
 def _case(
     name: str, bytes_per_element: float, dtypes: tuple, options: dict | None = None, **kwargs: Any
 ) -> Case:
-    scalars = (
-        "max_grad_norm", "momentum", "keep", "weight_decay", "minus_lr", "lr_weight_decay",
-    )  # fmt: skip
     defaults = {
         "CLIP": True, "MAXIMIZE": False, "DECAY": "coupled", "NESTEROV": False, "FIRST_STEP": False,
     }  # fmt: skip
     return update_case(
-        name, sgd_kernel, bytes_per_element, dtypes, scalars, defaults | (options or {}), **kwargs
+        name, sgd_kernel, bytes_per_element, dtypes, defaults | (options or {}), **kwargs
     )
 
 

@@ -149,11 +149,12 @@ def undo_restore_launch(
         programs = min(SCAN_PROGRAMS, max(1, triton.cdiv(index.numel(), BLOCK)))
         undo_oldest_kernel[(programs,)](
             index, cursor, oldest, first * UNDO_CHUNK, n * UNDO_CHUNK, BLOCK=BLOCK,
-            num_warps=NUM_WARPS, num_stages=1,
+            num_warps=NUM_WARPS, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
         undo_restore_kernel[(n,)](
             runs, counts.numel(), first, value, counts, paged, pages, oldest, RUN=UNDO_CHUNK,
             BLOCK=BLOCK, ALIGNED=aligned, num_warps=NUM_WARPS, num_stages=1,
+            enable_fp_fusion=False,
         )  # fmt: skip
     for param, flat, _ in tracked:
         if flat is not param:

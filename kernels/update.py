@@ -1,4 +1,4 @@
-"""What the update kernels share: reading a chunk, writing a step, the undo log, update_landed.
+"""What the update kernels share: scaling a gradient, writing a step, undo log, update_landed.
 
 Nothing here moves a byte that the update does not move anyway, but for
 
@@ -22,6 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_fast.kernels.blocks import (
+    SUMS_BLOCK,
+    SUMS_WARPS,
+    TRITON_DTYPES,
+    chunk_pointer,
+    divide,
+    read,
+    scalar,
+    write,
+)
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.pointer_table import device_integers, pointer_tables, with_long_runs
 from ttt_fast.kernels.rounding import random_bits, random_key, round_stochastic, seed_key
@@ -31,18 +41,8 @@ from ttt_fast.reference import UNDO_CHUNK, compute_dtype
 # momentum at 32 to 39 registers; 16 took 64, and halved the threads that can be resident.
 BLOCK = 4096
 NUM_WARPS = 16
-# Chunks whose partial sums, or whose state in the undo log, a program of the small launches reads.
-SUMS_BLOCK = 8192
-SUMS_WARPS = 16
+# Chunks whose state in the undo log a program of the small launch reads.
 PAGES_BLOCK = 64
-
-# Triton's names of the storage types.
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-}
 
 # Lists of a table, before the kernel's own states.
 _PARAMS: tl.constexpr = tl.constexpr(0)
@@ -58,43 +58,7 @@ _PAGED: tl.constexpr = tl.constexpr(2)
 _UNDO_CHUNK: tl.constexpr = tl.constexpr(UNDO_CHUNK)
 
 
-# ---------------------------------------------------------------------------- reading a chunk
-
-
-@triton.jit
-def chunk_pointer(
-    pointers, n_chunks, chunk, LIST: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Pointer to a chunk's first element in one of the lists."""
-    pointer = tl.load(pointers + LIST * n_chunks + chunk).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        # After the cast: before it, Triton 3.9 forgets the hint and emits 2-byte loads.
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def read(pointer, mask, MASKED: tl.constexpr):
-    """Load a block, 0 where masked."""
-    if MASKED:
-        return tl.load(pointer, mask=mask, other=0.0)
-    else:
-        return tl.load(pointer)
-
-
-@triton.jit
-def write(pointer, value, mask, MASKED: tl.constexpr):
-    """Store a block where not masked."""
-    if MASKED:
-        tl.store(pointer, value, mask=mask)
-    else:
-        tl.store(pointer, value)
-
-
-@triton.jit
-def scalar(value, DTYPE: tl.constexpr):
-    """A launcher's float64 argument, rounded once to the compute type."""
-    return tl.full((), value, tl.float64).to(DTYPE)
+# ---------------------------------------------------------------------------- the gradient
 
 
 @triton.jit
@@ -103,27 +67,6 @@ def live_numel(numel, found_inf):
     if found_inf is not None:
         numel = tl.where(tl.load(found_inf) != 0, 0, numel)
     return numel
-
-
-# ---------------------------------------------------------------------------- arithmetic
-
-
-@triton.jit
-def divide(x, y):
-    """Correctly rounded quotient; a plain float32 ``/`` is an approximation on a GPU."""
-    if x.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
-def square_root(x):
-    """Correctly rounded square root."""
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -162,7 +105,7 @@ def scale_gradient(
     return g
 
 
-# ---------------------------------------------------------------------------- reading, writing
+# ---------------------------------------------------------------------------- the weight
 
 
 @triton.jit
@@ -445,7 +388,6 @@ def update_case(
     kernel: Any,
     bytes_per_element: float,
     dtypes: Sequence[torch.dtype | None],
-    scalars: Sequence[str],
     options: Mapping[str, Any],
     *,
     landed: bool = False,
@@ -459,7 +401,6 @@ def update_case(
         kernel: sgd_kernel or adamw_kernel.
         bytes_per_element: memory that it must not exceed.
         dtypes: of the lists of the table.
-        scalars: names of the kernel's float64 arguments.
         options: the kernel's own compile-time arguments.
         landed: with update_landed.
         undo: with an undo log.
@@ -467,9 +408,10 @@ def update_case(
     """
     pointers = _TABLE | ({"landed_sums": "*fp64"} if landed else {}) | (_UNDO if undo else {})
     loose = {"n_chunks": "i32", "seed_key": "i64", "grad_norm": "*fp32", "found_inf": "*fp32"}
+    loose |= {n: "fp64" for n, kind in kernel.fn.__annotations__.items() if kind == "tl.float64"}
     absent = {"landed_sums", "grad_scale", *_UNDO} - set(pointers)
     return Case(
-        name, kernel, pointers | loose | dict.fromkeys(scalars, "fp64"),
+        name, kernel, pointers | loose,
         dict.fromkeys(absent) | _constants(dtypes, True, rounding) | dict(options), NUM_WARPS,
         divisible=tuple(pointers), bytes_per_element=bytes_per_element, block=BLOCK,
     )  # fmt: skip

@@ -3,15 +3,24 @@
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from ttt_fast.kernels import machine_code
-from ttt_fast.kernels.machine_code import ARCHITECTURES, LIMITS, Case, Report
+if sys.platform != "linux":  # where pyproject.toml asks for Triton
+    pytest.importorskip("triton")
+
+from ttt_fast.kernels.machine_code import (
+    ARCHITECTURES,
+    LIMITS,
+    Case,
+    Report,
+    listings,
+    report_of,
+)
 
 pytestmark = pytest.mark.nvcc
 
@@ -32,23 +41,15 @@ STORAGE = ("float", "Bf16", "F16", "double")
 def kernels(source: str, arch: int, folder: Path = CUDA) -> dict[str, Report]:
     """The kernels of a source by their names, compiled as setup.py does."""
     with tempfile.TemporaryDirectory() as output:
-        cubin = str(Path(output, "kernels.cubin"))
+        cubin = Path(output, "kernels.cubin")
         command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}"]
         subprocess.run([*command, "-cubin", str(folder / source), "-o", cubin], check=True)
-        usage = machine_code._run("cuobjdump", "-res-usage", cubin)
-        code = machine_code._run("nvdisasm", "-c", cubin)
+        code, usage = listings(cubin)
     found = {}
     for name, sass in re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", code, re.M | re.S):
         used = re.search(rf"Function {re.escape(name)}:\s*(.*)", usage)[1]
-        instructions = Counter(m[1] for m in machine_code._INSTRUCTION.finditer(sass))
         case = Case(name, None, {}, {}, num_warps=WARPS)
-        found[_readable(name)] = Report(
-            case, arch,
-            registers=machine_code._used("REG", used),
-            spills=sum(n for op, n in instructions.items() if op.split(".")[0] in ("LDL", "STL")),
-            stack=machine_code._used("STACK", used) + machine_code._used("LOCAL", used),
-            shared=machine_code._used("SHARED", used), instructions=instructions, sass=sass, ptx="",
-        )  # fmt: skip
+        found[_readable(name)] = report_of(case, arch, sass, used)
     return found
 
 

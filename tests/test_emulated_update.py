@@ -112,6 +112,32 @@ def test_strided_views(dtype):
     assert torch.equal(whole.params[0][outside], untouched.params[0][outside])
 
 
+def test_tensors_of_short_runs_are_not_cut_into_elements(monkeypatch):
+    tables, chunks = cuda_ops.pointer_tables, []
+
+    def counted(*args):
+        found = tables(*args)
+        chunks.extend(table.n_chunks for table in found)
+        return found
+
+    monkeypatch.setattr(cuda_ops, "pointer_tables", counted)
+    case = make_case([(64, 40)], [torch.bfloat16], n_states=1)
+    case.params, case.grads = [case.params[0].t()], [case.grads[0].t()]
+    case.states = [[torch.zeros_like(case.params[0])]]
+    before, undo = case.params[0].clone(), UndoLog(case.params)
+    assert_agrees(case.clone(), steps=1, **OPTIONS["momentum"])
+    with emulated.running():
+        update(cuda_ops, case, 1, undo, momentum=0.9)
+        assert not torch.equal(case.params[0], before)
+        cuda_ops.undo_restore_(case.params, undo.tensors, undo.offsets)
+        assert cuda_ops.grad_norm(case.grads) > 0
+    assert_same_bits(case.params, [before], "restored")
+    assert chunks == [1, 1, 1, 1]
+    copy = torch.zeros(40, 64, dtype=torch.bfloat16)
+    cuda_ops.copy_([copy], [before])
+    assert torch.equal(copy, before) and len(chunks) == 4
+
+
 @pytest.mark.parametrize("norm", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [torch.float32, torch.float64], ids=str)
 def test_dtypes_of_the_scalars(norm, scale):

@@ -1,10 +1,12 @@
 """The machine code that each Triton kernel becomes: what can be known of it without a GPU."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("triton")
+if sys.platform != "linux":  # where pyproject.toml asks for Triton
+    pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
@@ -35,7 +37,6 @@ def faults(report: Report) -> set[str]:
     found = {
         "spills": report.spills > 0,
         "local memory": report.stack > 0,
-        "registers": report.registers > case.max_registers,
         "shared memory": report.shared > limits.shared_bytes_per_block,
         "no block is resident": report.occupancy == 0,
         "narrow matrix loads": case.dot and not report.count("UTMALDG") and max(reads) < 128,
@@ -143,10 +144,9 @@ def test_alignment_that_the_launcher_does_not_promise_is_not_assumed():
     assert faults(build(case, 90)) == {"bytes per element"}
 
 
-def test_spills_and_a_limit_on_registers_are_seen():
+def test_spills_are_seen():
     assert "spills" not in faults(build(SORT, 90))
     assert faults(build(SORT, 90, maxnreg=24)) == {"spills", "local memory"}
-    assert faults(build(SORT._replace(max_registers=8), 90)) == {"registers"}
 
 
 @pytest.mark.parametrize(("arch", "opcode"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
@@ -188,6 +188,19 @@ def test_a_case_must_name_what_its_kernel_takes():
         build(case._replace(signature={"x": "*bf16"}), 90)
     with pytest.raises(ValueError, match="the kernel's arguments are"):
         build(case._replace(divisible=("y",)), 90)
+
+
+def test_the_report_has_a_row_for_every_case():
+    """And none for what is no more; its numbers are those of the versions that it names."""
+    text = machine_code._README.read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:3] for line in text.splitlines() if line.startswith("| `")]
+    cases = [param.values[0] for param in CASES]
+    assert [(row[0][2:], row[1]) for row in rows] == [
+        (f"`{case.kernel.__name__}`", case.name) for case in cases
+    ]
+    assert [float(row[2] or "nan") for row in rows] == pytest.approx(
+        [case.bytes_per_element or float("nan") for case in cases], nan_ok=True
+    )
 
 
 def test_report_goes_between_its_markers(tmp_path, monkeypatch):

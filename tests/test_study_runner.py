@@ -1,13 +1,17 @@
 """A study from file to lines: the right numbers, each once, whatever comes in between."""
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 
 from tests import study_cases as cases
 from tests.loops import row_loss, sgd_loop
+from ttt_fast.engines.dense import DenseEngine
+from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.study import Grid, ResultsError, Setting, StudyReport, study
 from ttt_fast.study import results as results_module
 from ttt_fast.study import runner as runner_module
@@ -124,6 +128,39 @@ def test_the_second_half_is_scored_behind_the_first(run, tokenizer):
                 logs = model(ids).logits[0, half - 1 : -1].log_softmax(-1)
             expected = -logs.gather(1, ids[0, half:, None]).mean()
             assert line["nll"] == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"nesterov": True},
+        {"dampening": 0.5},
+        {"decoupled_weight_decay": True},
+        {"reduction": "sum"},
+        {"param_groups": [{"params": "down_proj", "lr": 1e-3}]},
+    ],
+)
+def test_an_option_of_all_settings_is_one_of_both_engines(run, option):
+    grid = Grid(lr=(1e-2, 1e-1), steps=(3,), optimizer=("sgd",),
+                **ONE | dict(weight_decay=(0.1,), max_grad_norm=(None,)))  # fmt: skip
+
+    def losses(engine, **options):
+        folder = f"{engine} {len(options)}"
+        options |= {"prompts": 2, "engine": engine, "model": cases.model(torch.float64)}
+        lines = by_key(run(grid=grid, folder=folder, **options))
+        return [lines[key]["loss"] for key in sorted(lines, key=str)]
+
+    ours = losses("factored", **option)
+    assert ours == pytest.approx(losses("dense", **option), rel=1e-9)
+    assert ours != pytest.approx(losses("factored"), rel=1e-3)
+
+
+def test_a_log_of_the_overwritten_bits_is_enough_without_distances(run):
+    options = {"model": cases.model(torch.bfloat16), "engine": "dense", "delta_norm": False}
+    logged = by_key(run(snapshot="undo", **options))
+    copied = by_key(run(snapshot="device", folder="copied", **options))
+    assert logged == copied
+    assert {line["delta_norm"] for key, line in logged.items() if key[2]} == {None}
 
 
 def test_gsm_has_answers_and_templates(run):
@@ -317,6 +354,29 @@ def test_the_weights_come_back_when_it_is_killed(run, monkeypatch):
     run(model=model, grid=BOTH, engine="dense")  # nobody holds it
 
 
+@pytest.mark.parametrize("engine", ["auto", "dense"])
+def test_one_engine_at_a_time(run, monkeypatch, engine):
+    """Its buffers go before the next one's come, not when Python next looks for cycles."""
+    made, most = [], 0
+
+    for kind in (DenseEngine, FactoredEngine):
+
+        def remember(self, *args, begin=kind.__init__):
+            nonlocal most
+            made.append(weakref.ref(self))
+            begin(self, *args)
+            most = max(most, sum(each() is not None for each in made))
+
+        monkeypatch.setattr(kind, "__init__", remember)
+    gc.disable()
+    try:
+        run(grid=Grid(lr=(1e-2, 1e30), steps=(0, 2), **ONE), engine=engine, prompts=2)
+        assert (len(made) >= 3, most) == (True, 1)
+        assert not any(each() for each in made)
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------------------- the plan
 
 
@@ -372,6 +432,9 @@ def test_side_by_side_or_alone_the_numbers_are_the_same(run):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"grid": Grid(scope=("nonsense",))}, "nonsense"),
         ({"task": "sudoku"}, "sudoku"),
+        ({"snapshot": "undo"}, "keeps no copy"),
+        ({"task": "text-halves", "chat": True}, "not a turn of a chat"),
+        ({"nesterov": True, "grid": Grid(momentum=(0.0, 0.9))}, "nesterov"),
     ],
 )
 def test_bad_input(run, tmp_path, change, message):
@@ -389,6 +452,9 @@ def test_bad_input(run, tmp_path, change, message):
         ({"lr": 1e-3}, "in a list"),
         ({"lr": (0.0,)}, "> 0"),
         ({"lr": ("fast",)}, "give floats"),
+        ({"lr": (None,)}, "give floats"),
+        ({"steps": (0, 2.5)}, "give ints"),
+        ({"steps": (float("inf"),)}, "give ints"),
         ({"steps": (0,)}, "at least 1"),
         ({"steps": (-1, 5)}, ">= 0"),
         ({"optimizer": ("adam",)}, "'adam' is unknown"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.audit_report import MODES, AuditReport, AuditRow, brief
 from ttt_fast.batch import Batch, complete_batch
+from ttt_fast.conditions import finite, model_name, versions
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.policy import dense_bytes, free_bytes, workload
 from ttt_fast.reference import compute_dtype
@@ -148,7 +148,7 @@ def _measure(
 ) -> AuditRow:
     """The row of an adaptation that came to its end."""
     config, model = adapted.config, adapted.model
-    loss_after = _finite(adapted.loss()[0])
+    loss_after = finite(adapted.loss()[0])
     changed = activation_change = None
     if config.engine == "factored":
         moved = adapted.delta_norm()[0]
@@ -159,20 +159,15 @@ def _measure(
     return AuditRow(
         name,
         config.lr,
-        update_landed=_finite(adapted.update_landed[0]),
+        update_landed=finite(adapted.update_landed[0]),
         changed=changed,
-        moved=_finite(moved),
-        activation_change=_finite(activation_change),
-        grad_norm=_finite(adapted.grad_norms[0, 0]),
-        loss_before=_finite(adapted.losses[0, 0]),
+        moved=finite(moved),
+        activation_change=finite(activation_change),
+        grad_norm=finite(adapted.grad_norms[0, 0]),
+        loss_before=finite(adapted.losses[0, 0]),
         loss_after=loss_after,
         diverged_at=config.steps + 1 if loss_after is None else None,
     )
-
-
-def _finite(value: Tensor | float | None) -> float | None:
-    """As a number that JSON has, None for the others."""
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _chunks(selection: Selection, original: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -300,17 +295,13 @@ def _conditions(
     lrs: Sequence[float],
 ) -> dict[str, Any]:
     """Everything that the numbers depend on."""
-    import transformers
-
-    from ttt_fast import __version__
-
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in VARIED}
     plain = {
         name: value if isinstance(value, int | float | str | None) else repr(value)
         for name, value in settings.items()
     }
     return plain | {
-        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+        "model": model_name(model),
         "dtype": "+".join(sorted({str(view.dtype).removeprefix("torch.") for view in views})),
         "device": str(views[0].device),
         "threads": torch.get_num_threads(),
@@ -318,10 +309,5 @@ def _conditions(
         "input_ids": ids.tolist(),
         "tokens": ids.numel(),
         "selected_parameters": sum(view.numel() for view in views),
-        "versions": {
-            "ttt_fast": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }

@@ -7,14 +7,19 @@ the arguments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttt_fast.kernels.pointer_table import PointerTable, pointer_tables
+from ttt_fast.kernels.pointer_table import (
+    PointerTable,
+    device_integers,
+    has_long_runs,
+    pointer_tables,
+    with_long_runs,
+)
 from ttt_fast.reference import UNDO_CHUNK, compute_dtype
 
 OPS = ("sgd_", "adamw_", "grad_norm", "gram_norm", "copy_", "undo_restore_")
@@ -30,7 +35,9 @@ RESTORE_SLOTS = 1 << 26
 
 # enum Dtype of csrc/tensor_view.h.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, None: 4}
-_GRAM_TILE = 32  # kGramTile of csrc/cuda/launchers.h
+# kLists and kGramTile of csrc/cuda/launchers.h.
+_LISTS = 6
+_GRAM_TILE = 32
 
 
 def _kernels() -> Any:
@@ -45,30 +52,19 @@ def _columns(table: PointerTable) -> list[Tensor]:
     return [table.pointers, table.numel, table.index, table.tensor]
 
 
-@lru_cache(maxsize=16)
-def _undo_tensors(
-    offsets: tuple[int, ...], numel: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """An UndoLog's offsets and its parameters' sizes, on the device."""
-    table = torch.tensor([offsets, numel], dtype=torch.int64)
-    table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
-    return table[0], table[1]
-
-
-def _undo(
-    undo: Sequence[Tensor], offsets: Sequence[int], params: Sequence[Tensor], table: PointerTable
+def _log(
+    undo: Sequence[Tensor], offsets: Sequence[int], params: Sequence[Tensor], n_states: int
 ) -> list[Tensor]:
-    """What the kernels need of a log: its tensors, those of ``_undo_tensors``, scratch."""
-    if not undo or table.dtypes[0].itemsize != 2:
-        return []
-    sizes = tuple(param.numel() for param in params)
-    states = undo[3].new_empty(table.n_chunks)
-    return [*undo, *_undo_tensors(tuple(offsets), sizes, undo[3].device), states]
+    """What the kernels need of a log: its tensors, offset and size of each parameter, scratch."""
+    sizes = [param.numel() for param in params]
+    table = device_integers([*offsets, *sizes], undo[3].device).view(2, -1)
+    return [*undo, *table, undo[3].new_empty(n_states)]
 
 
 def _update(
     op: str,
     lists: Sequence[Sequence[Tensor]],
+    states: Mapping[str, Sequence[Tensor]],
     scalars: Sequence[Tensor | None],
     landed: Tensor | None,
     undo: Sequence[Tensor],
@@ -77,22 +73,28 @@ def _update(
     rounding: str,
     **options: Any,
 ) -> None:
-    """Launch an update for each group of tensors; ``lists`` is in the order of ``UpdateList``."""
-    written = {0: "params", 2: "deltas", 4: "state 0", 5: "state 1"}
+    """Launch an update for each group of tensors; lists and states are as in ``UpdateList``."""
+    names = {0: "params", 2: "deltas", **dict(enumerate(states, 4))}
+    written = {position: f"{op}: {name}" for position, name in names.items()}
+    lists, copies = with_long_runs([*lists, *states.values()], written)
+    lists += [()] * (_LISTS - len(lists))
     for table in pointer_tables(lists, CHUNK, written):
         device = table.pointers.device
-        sums = []
+        log, sums = [], []
+        if undo and table.dtypes[0].itemsize == 2:
+            log = _log(undo, undo_offsets, lists[0], table.n_chunks)
         if landed is not None:
             total = landed if landed.device == device else torch.zeros_like(landed, device=device)
             sums = [total, total.new_empty(2 * table.n_chunks)]
         getattr(_kernels(), op)(
             _columns(table), [_CODES[dtype] for dtype in table.dtypes], table.aligned,
-            *(scalar if scalar is None else scalar.to(device) for scalar in scalars), sums,
-            _undo(undo, undo_offsets, lists[0], table),
+            *(scalar if scalar is None else scalar.to(device) for scalar in scalars), sums, log,
             stochastic=rounding == "stochastic", stream=_stream(device), **options,
         )  # fmt: skip
         if sums and sums[0] is not landed:
             landed += sums[0].to(landed.device)
+    for tensor, copy in copies:
+        tensor.copy_(copy)
 
 
 def sgd_(
@@ -110,10 +112,11 @@ def sgd_(
     **options: Any,
 ) -> None:
     """See :func:`ttt_fast.ops.sgd_`; ``options`` are all of ``reference.sgd_``'s."""
-    buffers = momentum_buffers if options["momentum"] else []
-    lists = [params, grads, deltas, bases, buffers, []]
-    scalars = [grad_norm, grad_scale, found_inf]
-    _update("sgd_", lists, scalars, landed, undo, undo_offsets, **options)
+    states = {"momentum_buffers": momentum_buffers if options["momentum"] else ()}
+    _update(
+        "sgd_", [params, grads, deltas, bases], states, [grad_norm, grad_scale, found_inf],
+        landed, undo, undo_offsets, **options,
+    )  # fmt: skip
 
 
 def adamw_(
@@ -132,9 +135,11 @@ def adamw_(
     **options: Any,
 ) -> None:
     """See :func:`ttt_fast.ops.adamw_`; ``options`` are all of ``reference.adamw_``'s."""
-    lists = [params, grads, deltas, bases, exp_avgs, exp_avg_sqs]
-    scalars = [grad_norm, grad_scale, found_inf]
-    _update("adamw_", lists, scalars, landed, undo, undo_offsets, **options)
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _update(
+        "adamw_", [params, grads, deltas, bases], states, [grad_norm, grad_scale, found_inf],
+        landed, undo, undo_offsets, **options,
+    )  # fmt: skip
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -144,7 +149,8 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros((), dtype=dtype)
     device = grads[0].device
-    tables = pointer_tables([grads], CHUNK)
+    lists, _ = with_long_runs([grads], {})
+    tables = pointer_tables(lists, CHUNK)
     sums = torch.empty(sum(table.n_chunks for table in tables), dtype=torch.float64, device=device)
     norm = torch.empty((), dtype=dtype, device=device)
     stream = _stream(device)
@@ -171,7 +177,14 @@ def gram_norm(x: Tensor, dy: Tensor) -> Tensor:
 
 def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor]) -> None:
     """See :func:`ttt_fast.ops.copy_`; both lists are on one device, pair by pair."""
-    for table in pointer_tables([dsts, srcs], CHUNK, {0: "dsts"}):
+    long: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for dst, src in zip(dsts, srcs, strict=True):
+        if has_long_runs(dst) and has_long_runs(src):
+            long[0].append(dst)
+            long[1].append(src)
+        else:
+            dst.copy_(src)
+    for table in pointer_tables(long, CHUNK, {0: "dsts"}):
         _kernels().copy_(
             _columns(table), table.dtypes[0].itemsize, table.aligned,
             stream=_stream(table.pointers.device),
@@ -182,11 +195,16 @@ def undo_restore_(
     params: Sequence[Tensor], undo: Sequence[Tensor], undo_offsets: Sequence[int]
 ) -> None:
     """See :func:`ttt_fast.ops.undo_restore_`."""
+    written = {0: "undo_restore_: params"}
+    lists, copies = with_long_runs([params], written)
+    tables = [t for t in pointer_tables(lists, CHUNK, written) if t.dtypes[0].itemsize == 2]
+    log = _log(undo, undo_offsets, params, 0)
     slots = UNDO_CHUNK * len(undo[3])
     for first in range(0, slots, RESTORE_SLOTS):
         oldest = undo[0].new_full((min(RESTORE_SLOTS, slots - first),), -1)
-        for table in pointer_tables([params], CHUNK, {0: "params"}):
-            log = _undo(undo, undo_offsets, params, table)
-            if log:
-                stream = _stream(oldest.device)
-                _kernels().undo_restore_(_columns(table), log, oldest, first, stream=stream)
+        for table in tables:
+            _kernels().undo_restore_(
+                _columns(table), log, oldest, first, stream=_stream(oldest.device)
+            )
+    for tensor, copy in copies:
+        tensor.copy_(copy)

@@ -22,17 +22,17 @@ Key = tuple[Any, ...]
 class Launches:
     """Stands in for a kernel: takes its launches down, and runs none of them.
 
+    Args:
+        kernel: that was made while the interpreter is on.
+        options: of ``triton.jit`` in place of the kernel's own, as ``do_not_specialize=()``.
+
     Attributes:
         kernels: what identifies a compiled kernel, once for each.
         count: launches.
     """
 
-    def __init__(
-        self, kernel: InterpretedFunction, do_not_specialize: Sequence[str] | None = None
-    ) -> None:
-        if do_not_specialize is None:
-            do_not_specialize = kernel.kwargs["do_not_specialize"]
-        compiled = JITFunction(kernel.fn, do_not_specialize=do_not_specialize)
+    def __init__(self, kernel: InterpretedFunction, **options: Any) -> None:
+        compiled = JITFunction(kernel.fn, **(kernel.kwargs | options))
         self._name = kernel.__name__
         self._bind = create_function_from_signature(
             compiled.signature, compiled.params, make_backend(GPUTarget("cuda", 90, 32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -99,9 +100,11 @@ class Grid:
                 )
             # As numbers of the type of the default, so that 1 and 1.0 are the same setting.
             kind = {"steps": int, "optimizer": str, "scope": str}.get(axis.name, float)
+            read = operator.index if kind is int else kind  # int() would cut 2.5 steps to 2
+            optional = axis.name == "max_grad_norm"
             try:
-                unique = dict.fromkeys(None if v is None else kind(v) for v in values)
-            except (TypeError, ValueError):
+                unique = dict.fromkeys(None if optional and v is None else read(v) for v in values)
+            except (TypeError, ValueError, OverflowError):
                 raise ValueError(
                     f"study: {axis.name}={list(values)!r}; give {kind.__name__}s."
                 ) from None

@@ -252,6 +252,9 @@ def portions(
         prompts: what is adapted to.
         memory_budget: bytes above the model; default a share of what is free.
         **options: further fields of :class:`TTTConfig`.
+
+    Raises:
+        ValueError: the options do not go with one of the settings, or with the model.
     """
     device = model.get_input_embeddings().weight.device
     if memory_budget is None:
@@ -263,10 +266,10 @@ def portions(
         together.setdefault((setting.scope, setting.optimizer), []).append(setting)
     found = []
     for settings in together.values():
+        own = {"steps": grid.steps[-1], "memory_budget": memory_budget}
+        configs = [setting.config(**own, **options) for setting in settings]
         # With momentum the dense engine needs most.
-        widest = max(settings, key=lambda setting: setting.momentum)
-        config = widest.config(steps=grid.steps[-1], memory_budget=memory_budget, **options)
-        trainer = TTTTrainer(model, config)
+        trainer = TTTTrainer(model, max(configs, key=lambda config: config.momentum))
         most = min(_MOST_AT_ONCE, len(settings) * len(prompts))
         found.append(_portion(trainer, tuple(settings), longest, most))
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields
@@ -15,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ttt_fast import ops
+from ttt_fast.conditions import model_name, versions
 from ttt_fast.config import TTTConfig
-from ttt_fast.study import trajectories
 from ttt_fast.study.grid import Grid, Setting
 from ttt_fast.study.plan import Plan, Portion, Unit, draw, fitting, portions
 from ttt_fast.study.report import StudyReport
@@ -72,7 +70,7 @@ def study(
         grid: settings and steps; default the published sweep.
         prompts: how many, drawn by ``seed``; default all.
         seed: of the draw, and of stochastic rounding.
-        chat: wrap prompts in the chat template.
+        chat: wrap prompts in the chat template; not those of "text-halves".
         max_new_tokens: of generated answers; default the task's.
         delta_norm: measure ‖W − W₀‖; exact, and on long trajectories as slow as the steps.
         sha256: refuse a file whose hash does not begin with this.
@@ -89,7 +87,7 @@ def study(
         ValueError: bad input; nothing has run.
     """
     chosen, folder, grid = find_task(task), Path(out), grid or Grid()
-    _check_options(options)
+    _check_options(chosen, chat, delta_norm, options)
     new_tokens = _new_tokens(chosen, max_new_tokens)
     examples = load_examples(chosen, data, sha256)
     drawn = draw(examples.rows, prompts, seed)
@@ -125,13 +123,13 @@ def study(
             show(plan.page())
         if not only_plan:
             with Results(folder, (shard.rank, shard.world)) as results:
-                run = _Run(plan, model, tokenizer, results, delta_norm, options | {"seed": seed})
-                run.all(shard, progress)
+                settings = options | {"seed": seed}
+                _Run(plan, model, tokenizer, results, delta_norm, settings).all(shard, progress)
             shard.wait()
     return StudyReport(list(read_lines(folder)), found, plan.page())
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _check_options(task: Task, chat: bool, delta_norm: bool, options: dict[str, Any]) -> None:
     varied = {f.name for f in fields(Grid)} | {"steps"}
     wrong = sorted(varied & set(options))
     if wrong:
@@ -142,6 +140,13 @@ def _check_options(options: dict[str, Any]) -> None:
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"study: {', '.join(unknown)} is not a setting of TTTConfig for a study.")
+    if chat and task.halves:
+        raise ValueError(f"study: chat=True; {task.name} adapts to a text, not a turn of a chat.")
+    if delta_norm and options.get("snapshot") == "undo":
+        raise ValueError(
+            "study: snapshot='undo' keeps no copy of the original weights to measure the change"
+            " from. Give delta_norm=False, or another snapshot."
+        )
 
 
 def _new_tokens(task: Task, given: int | None) -> int:
@@ -154,22 +159,13 @@ def _new_tokens(task: Task, given: int | None) -> int:
 
 def _about(model: nn.Module, name: str | None, data: str | Path, known: bool) -> dict[str, Any]:
     """What else the numbers may depend on."""
-    import transformers
-
-    from ttt_fast import __version__
-
     return {
-        "model": name or getattr(model.config, "name_or_path", "") or type(model).__name__,
+        "model": name or model_name(model),
         "file": Path(data).name,
         "known_file": known,
         "device": str(model.device),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "ttt_fast": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
@@ -191,12 +187,12 @@ class _Run:
         self._results = results
         self._delta_norm = delta_norm
         self._options = options
-        # Scores of the original weights, by prompt; the same for every setting.
-        self._unadapted: dict[int, dict[str, Any]] = {}
-        self._numbers = {encoded.example.id: n for n, encoded in enumerate(plan.prompts)}
-        for (prompt, _, step), line in results.lines.items():
-            if step == 0 and prompt in self._numbers:
-                self._unadapted[self._numbers[prompt]] = _scores_of(line)
+        # Scores of the original weights, by the prompt's id; the same for every setting.
+        self._unadapted = {
+            prompt: _scores_of(line)
+            for (prompt, _, step), line in results.lines.items()
+            if step == 0
+        }
         self._trainer: tuple[Any, TTTTrainer] | None = None
 
     def all(self, shard: Shard, progress: bool) -> None:
@@ -215,8 +211,6 @@ class _Run:
                 self._unit(unit, bar.update)
                 # What a trajectory that diverged left out.
                 bar.update(done + n_steps * len(unit.pairs) - bar.n)
-        self._trainer = None
-        gc.collect()
 
     def _missing(self, unit: Unit) -> bool:
         return any(
@@ -225,8 +219,11 @@ class _Run:
             for step in self._plan.grid.steps
         )
 
+    def _id(self, prompt: int) -> str:
+        return self._plan.prompts[prompt].example.id
+
     def _key(self, pair: tuple[int, Setting], step: int) -> tuple[str, Setting, int]:
-        return self._plan.prompts[pair[0]].example.id, pair[1], step
+        return self._id(pair[0]), pair[1], step
 
     def _unit(self, unit: Unit, on_step: Callable[[int], None]) -> None:
         """All steps of a unit; those of its lines that are missing are written.
@@ -241,9 +238,10 @@ class _Run:
                 if all(key in self._results.lines for key in keys):
                     continue
                 scores = self._scores(unit, state)
+                found = zip(keys, unit.pairs, state.points, scores, strict=True)
                 lines = [
-                    line_of(*key, self._belonging(key[0]) | vars(point) | each)
-                    for key, point, each in zip(keys, state.points, scores, strict=True)
+                    line_of(*key, self._belonging(prompt) | vars(point) | each)
+                    for key, (prompt, _), point, each in found
                     if key not in self._results.lines
                 ]
                 self._results.append(lines)
@@ -268,9 +266,7 @@ class _Run:
         first = unit.settings[0]
         key = (unit.engine, first.scope if unit.engine == "factored" else first)
         if self._trainer is None or self._trainer[0] != key:
-            # An engine and its modules hold each other, and the next one takes as much memory.
-            self._trainer = None
-            gc.collect()
+            self._trainer = None  # before the next one, whose buffers take as much memory
             # A step that is not finite is to be noticed before the state is looked at.
             config = first.config(
                 steps=self._plan.grid.steps[-1], engine=unit.engine, check_every=1, **self._options
@@ -283,7 +279,7 @@ class _Run:
         """Of every trajectory of a unit at a state, while the model computes with it."""
         numbers = [n for n, _ in unit.pairs]
         if state.step == 0:
-            scores = [self._unadapted[n] for n in numbers]
+            scores = [self._unadapted[self._id(n)] for n in numbers]
         elif all(point.diverged_at is not None for point in state.points):
             scores = [{} for _ in numbers]
         else:
@@ -301,38 +297,28 @@ class _Run:
         for first in sorted({n - n % _UNADAPTED_AT_ONCE for n in prompts}):
             last = min(first + _UNADAPTED_AT_ONCE, len(self._plan.prompts))
             numbers = range(first, last)
-            if all(n in self._unadapted for n in prompts if n in numbers):
+            if all(self._id(n) in self._unadapted for n in prompts if n in numbers):
                 continue
             for n, each in zip(numbers, self._score(numbers), strict=True):
                 if None in (*each.get("likelihoods", ()), each.get("nll", 0.0)):
                     raise ValueError(
                         "study: the model as it is gives prompt"
-                        f" {self._plan.prompts[n].example.id!r} a likelihood that is not finite, so"
+                        f" {self._id(n)!r} a likelihood that is not finite, so"
                         " nothing can be measured on it. Load it in another dtype, or with another"
                         " attn_implementation."
                     )
-                self._unadapted.setdefault(n, each)
+                self._unadapted.setdefault(self._id(n), each)
 
     def _score(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        scores = score(
-            self._model,
-            self._plan.task,
-            [self._plan.prompts[n] for n in numbers],
-            self._tokenizer,
-            self._plan.score_tokens or None,
-        )
-        for each in scores:
-            if "nll" in each:
-                each["nll"] = trajectories.finite(each["nll"])
-            if "likelihoods" in each:
-                each["likelihoods"] = [trajectories.finite(x) for x in each["likelihoods"]]
-        return scores
+        prompts = [self._plan.prompts[n] for n in numbers]
+        plan = self._plan
+        return score(self._model, plan.task, prompts, self._tokenizer, plan.score_tokens)
 
-    def _belonging(self, prompt: str) -> dict[str, str]:
+    def _belonging(self, prompt: int) -> dict[str, str]:
         """What the report divides or clusters prompts by."""
-        example = self._plan.prompts[self._numbers[prompt]].example
-        names = ("cluster", "group")
-        return {n: getattr(example, n) for n in names if getattr(example, n) is not None}
+        example = self._plan.prompts[prompt].example
+        belonging = {"cluster": example.cluster, "group": example.group}
+        return {name: value for name, value in belonging.items() if value is not None}
 
     def _diverged(self) -> dict[str, Any]:
         """The scores of weights that are not finite: nothing is right."""

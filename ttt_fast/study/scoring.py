@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ttt_fast.batch import Batch, forward_arguments, pad_rows
+from ttt_fast.conditions import finite
 from ttt_fast.reference import compute_dtype
 from ttt_fast.session import evaluating
 from ttt_fast.study.tasks import Encoded, Task
@@ -25,7 +26,7 @@ def score(
     task: Task,
     examples: Sequence[Encoded],
     tokenizer: Any,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int,
 ) -> list[dict[str, Any]]:
     """What a task measures, for each example; row n belongs to delta n where there are deltas.
 
@@ -34,12 +35,12 @@ def score(
         task: of the examples.
         examples: equally many continuations each.
         tokenizer: to decode answers.
-        max_new_tokens: of an answer; default the task's.
+        max_new_tokens: of an answer, where the task has answers.
 
     Returns:
         for each example the fields of its result: ``likelihoods`` (log-likelihoods of the options),
         ``nll`` (a token, of a text's second half), ``answer`` (judged, of what was generated), and
-        ``correct``, metric -> bool.
+        ``correct``, metric -> bool. None stands for numbers that are not finite.
     """
     results: list[dict[str, Any]] = [{"correct": {}} for _ in examples]
     if examples and examples[0].continuations:
@@ -47,15 +48,15 @@ def score(
             results, examples, log_likelihoods(model, examples), strict=True
         ):
             if task.halves:
-                result["nll"] = -sums[0] / encoded.continuations[0].numel()
+                result["nll"] = finite(-sums[0] / encoded.continuations[0].numel())
                 continue
-            result["likelihoods"] = sums
+            result["likelihoods"] = [finite(x) for x in sums]
             right = sums[encoded.example.answer_index]
             others = [x for n, x in enumerate(sums) if n != encoded.example.answer_index]
             result["correct"]["likelihood"] = all(right > other for other in others)
     if task.judge is not None:
-        limit = max_new_tokens or task.max_new_tokens
-        texts = greedy_answers(model, [e.prompt for e in examples], tokenizer, task, limit)
+        prompts = [encoded.prompt for encoded in examples]
+        texts = greedy_answers(model, prompts, tokenizer, task, max_new_tokens)
         for result, encoded, text in zip(results, examples, texts, strict=True):
             result["answer"], result["correct"]["generation"] = task.judge(encoded.example, text)
     return results
@@ -101,8 +102,9 @@ def greedy_answers(
 ) -> list[str]:
     """Text that greedy decoding continues every prompt with, until the task has its answer."""
     device = model.get_input_embeddings().weight.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = pad_rows([prompt.to(device) for prompt in prompts], pad or 0)
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in known if token is not None)
+    ids, mask = pad_rows([prompt.to(device) for prompt in prompts], pad)
     start = ids.shape[1]
 
     def text_of(row: Tensor) -> str:
@@ -120,7 +122,7 @@ def greedy_answers(
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=pad or 0,
+            pad_token_id=pad,
             stopping_criteria=stop,
         )
     return [text_of(row) for row in output]

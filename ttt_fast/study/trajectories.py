@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.batch import Batch, complete_batch
+from ttt_fast.conditions import finite
 from ttt_fast.config import TTTConfig
 from ttt_fast.reference import compute_dtype
 from ttt_fast.session import DivergedError, Session, require_free
@@ -101,8 +102,7 @@ def factored_states(
         on_step: told how many steps were taken since it was told last.
         delta_norm: measure it; on long trajectories that takes as long as the steps.
     """
-    options = {"steps": trainer.config.steps, "engine": "factored"}
-    configs = [setting.config(**options) for setting in settings]
+    configs = [replace(trainer.config, **setting.as_dict()) for setting in settings]
     adapted = trainer.adapt_pairs(prompts, configs, lambda report: on_step(len(prompts)))
     with adapted:
         last = adapted.loss() if steps[-1] == trainer.config.steps else None
@@ -196,8 +196,3 @@ def _distance(session: Session) -> float:
         difference = now.to(wide) - before.to(device=now.device, dtype=wide)
         square += float(torch.linalg.vector_norm(difference).double().square())
     return math.sqrt(square)
-
-
-def finite(value: Tensor | float | None) -> float | None:
-    """As a number that JSON has, None for the others."""
-    return float(value) if value is not None and math.isfinite(value) else None
