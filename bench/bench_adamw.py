@@ -1,23 +1,25 @@
-"""Clip and AdamW on all parameters of SmolLM2-135M: weight decay 0.01, clip 10."""
+"""Clip and AdamW on all parameters of models: weight decay 0.01, clip 10."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from bench.shapes import parameter_list
+from bench.conftest import Sides, compiled, not_run
+from bench.shapes import LISTS, parameter_count, parameter_list
 from ttt_fast import ops
 
 OPTIONS = {"lr": 1e-5, "weight_decay": 0.01}
 MAX_NORM = 10.0
 
 
-def stock(dtype: torch.dtype, **options: bool) -> Callable[[], None]:
+def stock(model: str, dtype: torch.dtype, **options: bool) -> Callable[[], None]:
     """``clip_grad_norm_`` and ``torch.optim.AdamW.step``."""
-    params = [torch.nn.Parameter(p) for p in parameter_list("SmolLM2-135M", dtype)]
-    grads = parameter_list("SmolLM2-135M", dtype, scale=1e-3, seed=1)
+    params = [torch.nn.Parameter(p) for p in parameter_list(model, dtype)]
+    grads = parameter_list(model, dtype, scale=1e-3, seed=1)
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     optimizer = torch.optim.AdamW(params, **OPTIONS, **options)
@@ -29,10 +31,10 @@ def stock(dtype: torch.dtype, **options: bool) -> Callable[[], None]:
     return step
 
 
-def ours(dtype: torch.dtype) -> Callable[[], None]:
+def ours(model: str, dtype: torch.dtype) -> Callable[[], None]:
     """``ops.grad_norm`` and ``ops.adamw_``."""
-    params = parameter_list("SmolLM2-135M", dtype)
-    grads = parameter_list("SmolLM2-135M", dtype, scale=1e-3, seed=1)
+    params = parameter_list(model, dtype)
+    grads = parameter_list(model, dtype, scale=1e-3, seed=1)
     exp_avgs = [torch.zeros_like(p) for p in params]
     exp_avg_sqs = [torch.zeros_like(p) for p in params]
     step_index = 0
@@ -50,14 +52,20 @@ def ours(dtype: torch.dtype) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def bench_clip_adamw(compare: Callable[..., None], dtype: torch.dtype) -> None:
-    numel = sum(p.numel() for p in parameter_list("SmolLM2-135M", device="meta"))
-    # Norm: read g. Update: read g, m, v, w and write m, v, w.
-    moved = 8 * numel * dtype.itemsize
-    sides = {
-        "torch default": (stock(dtype), 0),
-        "torch foreach": (stock(dtype, foreach=True), 0),
-        "torch fused": (stock(dtype, fused=True), 0),
-        "ours": (ours(dtype), moved),
+@pytest.mark.parametrize("model", LISTS)
+def bench_clip_adamw(
+    benchmark: Any, compare: Callable[..., None], model: str, dtype: torch.dtype
+) -> None:
+    group, n_bytes = f"clip + AdamW, {model}, {dtype}", parameter_count(model) * dtype.itemsize
+    # Parameters, gradients and two moments of each side.
+    if not_run(benchmark, group, 5 * 4 * n_bytes):
+        return
+    sides: Sides = {
+        "torch default": (stock(model, dtype),),
+        "torch foreach": (stock(model, dtype, foreach=True),),
+        "torch fused": (stock(model, dtype, fused=True),),
+        # Norm: read g. Update: read g, m, v, w and write m, v, w.
+        "ours": (ours(model, dtype), 8 * n_bytes),
     }
-    compare(f"clip + AdamW, SmolLM2-135M, {dtype}", sides, baseline="torch default")
+    sides |= compiled(stock(model, dtype))
+    compare(group, sides, baseline="torch default")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.conftest import compiled
 from bench.shapes import MODELS
 from ttt_fast import ops
 
@@ -50,10 +51,24 @@ def bench_delta_linear(
         frozen += [(x, weight), (dy, weight.t())]
     for call, other in zip(calls[:14], plain_calls, strict=False):
         torch.testing.assert_close(ops.delta_linear(*call), plain(*other), rtol=3e-2, atol=3e-2)
+    # Forward and backward read every weight and every number of the factors once each.
+    weights = 2 * sum(out * width for out, width in shapes)
+    factors = 2 * batch * rank * sum(out + width for out, width in shapes)
+    moved = dtype.itemsize * (weights + factors)
+    operations = 2 * tokens * (batch * weights + factors)
+
+    def formula() -> list[Tensor]:
+        return [plain(*call) for call in plain_calls]
+
     sides = {
-        "frozen layers": (lambda: [x @ weight.t() for x, weight in frozen], 0),
-        "plain torch": (lambda: [plain(*call) for call in plain_calls], 0),
-        "ours": (lambda: [ops.delta_linear(*call) for call in calls], 0),
+        "frozen layers": (
+            lambda: [x @ weight.t() for x, weight in frozen],
+            dtype.itemsize * weights,
+            2 * tokens * batch * weights,
+        ),
+        "plain torch": (formula, moved, operations),
+        "ours": (lambda: [ops.delta_linear(*call) for call in calls], moved, operations),
     }
+    sides |= compiled(formula, moved, operations)
     group = f"delta_linear, {REPEATS} blocks, B = {batch}, M = {tokens}, R = {rank}, {dtype}"
-    compare(group, sides, baseline="plain torch")
+    compare(group, sides, baseline="plain torch", dtype=dtype)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.conftest import Sides, compiled
 from bench.shapes import MODELS
 from ttt_fast import ops
 
@@ -31,6 +32,11 @@ def factor_pairs(
         return torch.randn(batch, tokens, width, generator=generator).to(dtype)
 
     return [(random(width), random(out)) for out, width in shapes]
+
+
+def plain(x: Tensor, dy: Tensor) -> Tensor:
+    """The formula in torch's own operations."""
+    return ((dy @ dy.mT).float() * (x @ x.mT).float()).sum((1, 2))
 
 
 def formed(x: Tensor, dy: Tensor) -> Tensor:
@@ -53,12 +59,18 @@ def bench_gram_norm(
             if expected is not None:
                 torch.testing.assert_close(result, expected, rtol=1e-5, atol=0)
     moved = sum(t.nbytes for pair in pairs for t in pair)
-    sides = {
-        "torch, Grams": (lambda: [ops.gram_norm(*p, backend="torch") for p in pairs], moved),
-        "ours": (lambda: [ops.gram_norm(*p, backend="cpp") for p in pairs], moved),
+    operations = 2 * tokens * sum(t.numel() for pair in pairs for t in pair)
+
+    def grams() -> list[Tensor]:
+        return [ops.gram_norm(*p, backend="torch") for p in pairs]
+
+    sides: Sides = {
+        "torch, Grams": (grams, moved, operations),
+        "ours": (lambda: [ops.gram_norm(*p, backend="cpp") for p in pairs], moved, operations),
     }
     if not head:
-        sides["gradients formed"] = (lambda: [formed(*p) for p in pairs], 0)
+        sides["gradients formed"] = (lambda: [formed(*p) for p in pairs],)
+    sides |= compiled(lambda: [plain(*p) for p in pairs], moved, operations)
     where = "head" if head else f"{REPEATS} blocks"
     compare(
         f"gram_norm, {where}, B = {batch}, M = {tokens}, {dtype}", sides, baseline="torch, Grams"

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.conftest import Sides, compiled
 from bench.shapes import MODELS
 from ttt_fast import ops
 
@@ -38,9 +39,10 @@ def bench_nll(compare: Callable[..., None], tokens: int, dtype: torch.dtype) -> 
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours, leaf.grad, rtol=2e-2, atol=1e-6)
     moved = 2 * logits.nbytes
-    sides = {
+    sides: Sides = {
         "torch, F.cross_entropy": (stock, 0),
         "ours, reference": (lambda: ops.nll_(overwritten["torch"], targets, backend="torch"), 0),
         "ours": (lambda: ops.nll_(overwritten["cpp"], targets, backend="cpp"), moved),
     }
+    sides |= compiled(stock)
     compare(f"nll, {tokens} x {VOCABULARY}, {dtype}", sides, baseline="torch, F.cross_entropy")

@@ -6,11 +6,13 @@ The baseline forms the gradient in the weight's dtype, as a backward does, and a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.conftest import Sides, compiled
 from bench.shapes import MODELS
 from ttt_fast import ops
 
@@ -48,11 +50,14 @@ def bench_rank_update(compare: Callable[..., None], rank: int, dtype: torch.dtyp
         ops.rank_update_(actual, x, dy, beta)
         torch.testing.assert_close(actual.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-8)
     moved = 2 * sum(weight.nbytes for weight, _, _ in cases)
-    sides: dict[str, tuple[Callable[[], None], int]] = {
-        "torch, gradient formed": (stock, 0),
-        "ours": (ours, moved),
+    operations = 2 * rank * sum(weight.numel() for weight, _, _ in cases)
+    sides: Sides = {
+        "torch, gradient formed": (stock, moved, operations),
+        "ours": (ours, moved, operations),
     }
+    sides |= compiled(stock, moved, operations)
     if dtype == torch.bfloat16:
-        sides["ours, stochastic"] = (lambda: ours(rounding="stochastic"), moved)
+        stochastic = partial(ours, rounding="stochastic")
+        sides["ours, stochastic"] = (stochastic, moved, operations)
     group = f"rank_update, embedding and {REPEATS} blocks, R = {rank}, {dtype}"
-    compare(group, sides, baseline="torch, gradient formed", rounds=7)
+    compare(group, sides, baseline="torch, gradient formed", dtype=dtype)

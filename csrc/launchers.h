@@ -50,7 +50,8 @@ struct Factor {
   int64_t batch_stride, stride;  // in elements
 };
 
-// y (batch, tokens, out) = rho x W' - ((x a') o beta) d; beta and rho of the compute type.
+// y (batch, tokens, out) = rho x W' - ((x a') o beta) d; beta and rho of the compute type. x goes
+// into `append`, too.
 struct DeltaLinearCall {
   int64_t batch, tokens, in, out, rank;
   const void *x, *weight;  // weight: nullptr for 0
@@ -59,6 +60,8 @@ struct DeltaLinearCall {
   Factor a, d;
   const void *beta, *rho;  // rho: nullptr for 1
   void* y;
+  void* append;                                // (batch, tokens, in); nullptr for none
+  int64_t append_batch_stride, append_stride;  // in elements
   Dtype dtype;
 };
 void delta_linear_cpu(const DeltaLinearCall& call);
@@ -93,6 +96,21 @@ struct GluCall {
   void* dup;       // backward only
 };
 void glu_cpu(const GluCall& call);
+
+// x and y (batch, heads, tokens, width); the first `turned` columns are turned. cos and sin (batch,
+// tokens, turned) are of the dtype of x, to which products are rounded then, or of the compute
+// type.
+struct RotaryCall {
+  int64_t batch, heads, tokens, width, turned;
+  int64_t x_batch, x_head, x_token, y_batch, y_head, y_token;  // strides, in elements
+  Dtype dtype, angles;
+  int32_t element_size;
+  bool transposed;
+  const void* x;
+  Factor cos, sin;
+  void* y;
+};
+void rotary_cpu(const RotaryCall& call);
 void copy_cpu(const Views& dsts, const Views& srcs);
 void undo_restore_cpu(const Views& params, const UndoState& undo);
 int64_t checksum_cpu(const Views& tensors);

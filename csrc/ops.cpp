@@ -264,36 +264,37 @@ Tensor nll_(Tensor logits, Tensor targets, int64_t ignore_index) {
   return losses;
 }
 
+// The stride of a dimension of one element is anything.
+bool dense(const Tensor& t, int64_t dim) { return t.strides()[dim] == 1 || t.sizes()[dim] <= 1; }
+
 Tensor delta_linear(Tensor x, std::optional<Tensor> weight, Tensor a, Tensor d, Tensor beta,
-                    std::optional<Tensor> rho) {
+                    std::optional<Tensor> rho, std::optional<Tensor> append) {
   const Dtype dtype = describe(x, "delta_linear", "x", 0, false).dtype;
   const auto same = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type(); };
   const ScalarType wide = dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(dtype == Dtype::F32 || dtype == Dtype::F64 || dtype == Dtype::BF16,
                   "delta_linear: x must be float32, bfloat16 or float64; use backend=\"torch\" "
                   "for others.");
-  STD_TORCH_CHECK((!weight || same(*weight)) && same(a) && same(d) && beta.scalar_type() == wide &&
-                      (!rho || rho->scalar_type() == wide),
-                  "delta_linear: x, weight, a and d must be of one dtype, beta and rho of the "
-                  "compute type.");
-  // The stride of a dimension of one element is anything.
-  const auto dense = [](const Tensor& t, int64_t dim) {
-    return t.strides()[dim] == 1 || t.sizes()[dim] <= 1;
-  };
+  STD_TORCH_CHECK((!weight || same(*weight)) && same(a) && same(d) && (!append || same(*append)) &&
+                      beta.scalar_type() == wide && (!rho || rho->scalar_type() == wide),
+                  "delta_linear: x, weight, a, d and append must be of one dtype, beta and rho of "
+                  "the compute type.");
   STD_TORCH_CHECK(x.is_contiguous() && beta.is_contiguous() && (!rho || rho->is_contiguous()) &&
-                      dense(a, 2) && dense(d, 2) &&
+                      dense(a, 2) && dense(d, 2) && (!append || dense(*append, 2)) &&
                       (!weight || dense(*weight, 0) || dense(*weight, 1)),
-                  "delta_linear: x, beta and rho must be contiguous, and the rows of a, d and "
-                  "weight; use backend=\"torch\" for others.");
+                  "delta_linear: x, beta and rho must be contiguous, and the rows of a, d, append "
+                  "and weight; use backend=\"torch\" for others.");
   DeltaLinearCall call;
   call.batch = x.sizes()[0], call.tokens = x.sizes()[1], call.in = x.sizes()[2];
   call.out = d.sizes()[2], call.rank = a.sizes()[1];
-  STD_TORCH_CHECK((!weight || (weight->sizes()[1] == call.in && weight->sizes()[0] == call.out)) &&
-                      a.sizes()[2] == call.in && d.sizes()[1] == call.rank &&
-                      a.sizes()[0] == call.batch && d.sizes()[0] == call.batch &&
-                      beta.numel() == call.batch * call.rank &&
-                      (!rho || rho->numel() == call.batch),
-                  "delta_linear: shapes do not agree.");
+  STD_TORCH_CHECK(
+      (!weight || (weight->sizes()[1] == call.in && weight->sizes()[0] == call.out)) &&
+          a.sizes()[2] == call.in && d.sizes()[1] == call.rank && a.sizes()[0] == call.batch &&
+          d.sizes()[0] == call.batch && beta.numel() == call.batch * call.rank &&
+          (!rho || rho->numel() == call.batch) &&
+          (!append || (append->numel() == x.numel() && append->dim() == 3 &&
+                       append->sizes()[2] == call.in && append->sizes()[0] == call.batch)),
+      "delta_linear: shapes do not agree.");
   call.weight_by_columns = weight && !dense(*weight, 1);
   call.weight_stride = weight ? weight->strides()[call.weight_by_columns ? 1 : 0] : 0;
   const std::vector<int64_t> shape = {call.batch, call.tokens, call.out};
@@ -302,6 +303,9 @@ Tensor delta_linear(Tensor x, std::optional<Tensor> weight, Tensor a, Tensor d, 
   call.a = {a.data_ptr(), a.strides()[0], a.strides()[1]};
   call.d = {d.data_ptr(), d.strides()[0], d.strides()[1]};
   call.beta = beta.data_ptr(), call.rho = rho ? rho->data_ptr() : nullptr;
+  call.append = append ? append->data_ptr() : nullptr;
+  call.append_batch_stride = append ? append->strides()[0] : 0;
+  call.append_stride = append ? append->strides()[1] : 0;
   call.dtype = dtype;
   delta_linear_cpu(call);
   return y;
@@ -390,6 +394,42 @@ std::tuple<Tensor, Tensor> glu_backward(Tensor dy, Tensor gate, Tensor up, std::
   return {dgate, dup};
 }
 
+Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool transposed) {
+  const View view = describe(x, "rotary", "x", 0, false);
+  const ScalarType wide = view.dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(view.is_float() && x.dim() == 4 && dense(x, 3),
+                  "rotary: x must be (B, H, T, D), its rows consecutive, float32, bfloat16, "
+                  "float16 or float64.");
+  RotaryCall call = {};
+  call.batch = x.sizes()[0], call.heads = x.sizes()[1], call.tokens = x.sizes()[2];
+  call.width = x.sizes()[3];
+  const auto factor = [&](const Tensor& t, const char* name) -> Factor {
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3 && dense(t, 2) &&
+                        (t.sizes()[0] == 1 || t.sizes()[0] == call.batch) &&
+                        t.sizes()[1] == call.tokens && t.sizes()[2] <= call.width &&
+                        t.sizes()[2] % 2 == 0 &&
+                        (t.scalar_type() == x.scalar_type() || t.scalar_type() == wide),
+                    "rotary: ", name,
+                    " must be (B or 1, T, R) with R even and at most D, its rows "
+                    "consecutive, of the dtype of x or of the compute type.");
+    return {t.data_ptr(), t.sizes()[0] == 1 ? 0 : t.strides()[0], t.strides()[1]};
+  };
+  call.cos = factor(cos, "cos"), call.sin = factor(sin, "sin");
+  STD_TORCH_CHECK(cos.scalar_type() == sin.scalar_type() && cos.sizes()[2] == sin.sizes()[2],
+                  "rotary: cos and sin differ in dtype or in their last dimension.");
+  call.turned = cos.sizes()[2];
+  call.x_batch = x.strides()[0], call.x_head = x.strides()[1], call.x_token = x.strides()[2];
+  call.dtype = view.dtype, call.angles = dtype_of(cos), call.element_size = view.element_size;
+  call.transposed = transposed;
+  // In the order of memory of x, as results of torch's own operations are.
+  Tensor y = torch::stable::empty_like(x);
+  STD_TORCH_CHECK(dense(y, 3), "rotary: x shares memory between its elements; pass a clone of it.");
+  call.y_batch = y.strides()[0], call.y_head = y.strides()[1], call.y_token = y.strides()[2];
+  call.x = x.data_ptr(), call.y = y.data_ptr();
+  rotary_cpu(call);
+  return y;
+}
+
 void copy_(Tensors dsts, Tensors srcs) {
   const Views to = describe_all(dsts, "copy_", "dsts", true);
   const Views from = describe_all(srcs, "copy_", "srcs", false, &to);
@@ -445,8 +485,8 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
   m.def("grad_norm(Tensor[] grads) -> Tensor");
   m.def("gram_norm(Tensor x, Tensor dy) -> Tensor");
   m.def(
-      "delta_linear(Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho) -> "
-      "Tensor");
+      "delta_linear(Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho, "
+      "Tensor(a!)? append) -> Tensor");
   m.def("nll_(Tensor(a!) logits, Tensor targets, *, int ignore_index) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool round_first) -> (Tensor, Tensor)");
   m.def(
@@ -454,6 +494,7 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
       "(Tensor, Tensor)");
   m.def("glu(Tensor gate, Tensor up, *, str activation) -> Tensor");
   m.def("glu_backward(Tensor dy, Tensor gate, Tensor up, *, str activation) -> (Tensor, Tensor)");
+  m.def("rotary(Tensor x, Tensor cos, Tensor sin, *, bool transposed) -> Tensor");
   m.def("copy_(Tensor(a!)[] dsts, Tensor[] srcs) -> ()");
   m.def("undo_restore_(Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets) -> ()");
   m.def("checksum(Tensor[] tensors) -> Tensor");
@@ -471,6 +512,7 @@ STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("rms_norm_backward", TORCH_BOX(&ttt_fast::rms_norm_backward));
   m.impl("glu", TORCH_BOX(&ttt_fast::glu));
   m.impl("glu_backward", TORCH_BOX(&ttt_fast::glu_backward));
+  m.impl("rotary", TORCH_BOX(&ttt_fast::rotary));
   m.impl("copy_", TORCH_BOX(&ttt_fast::copy_));
   m.impl("undo_restore_", TORCH_BOX(&ttt_fast::undo_restore_));
   m.impl("checksum", TORCH_BOX(&ttt_fast::checksum));

@@ -1,6 +1,7 @@
 """y = ρ·x Wᵀ − ((x aᵀ) ∘ β) d  for a batch of deltas that share W; the input's gradient likewise.
 
-Fused: base product, its scaling by ρ, the deltas and the one rounding at the end. Two launches: the
+Fused: base product, its scaling by ρ, the deltas, the one rounding at the end, and a copy of x for
+the factors of steps to come. Two launches: the
 scores h = −(x aᵀ) ∘ β, which every column of y needs whole, then y, where the sums of ρ·x Wᵀ and
 h d meet in float32. Nothing is rounded to the storage type but y. Scores go to the tensor cores as
 two terms (two_terms.py): bfloat16 keeps 16 bits of them, float16 22. A delta of 1e-3 of y in
@@ -13,10 +14,10 @@ of 20 tokens read W together. The rows of a delta are chosen after its product, 
 zeros within it: a NaN in one delta's factors stays there.
 
 Bytes, computed: W, a and d once from memory (d again from cache where the scores are split), x
-twice, y once, the scores 4 bytes an entry (8 in float16), written and read. Bound, from peak rates:
-memory below 160 rows on an A100, 290 on an H100; there tiles of 32 columns keep enough loads under
-way on all multiprocessors without dividing the sum over the inputs. Above, arithmetic. The rank is
-a run-time value that nothing is specialised on: all steps share one kernel.
+three times, y and the copy once, the scores 4 bytes an entry (8 in float16), written and read.
+Bound, from peak rates: memory below 160 rows on an A100, 290 on an H100; there tiles of 32 columns
+keep enough loads under way on all multiprocessors without dividing the sum over the inputs. Above,
+arithmetic. The rank is a run-time value that nothing is specialised on: all steps share one kernel.
 
 Reference: delta_linear in ttt_fast/reference.py.
 """
@@ -159,12 +160,12 @@ def scores_kernel(
 
 @triton.jit(do_not_specialize=["rows", "tokens", "rank", "splits"])
 def delta_linear_kernel(
-    x, weight, d, h, rho, y, rows, tokens, width, out, rank, splits, stride_wn, stride_wk,
-    stride_db, stride_dr,
+    x, weight, d, h, rho, y, append, rows, tokens, width, out, rank, splits, stride_wn, stride_wk,
+    stride_db, stride_dr, stride_pb, stride_pr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PADDING: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: ρ·x Wᵀ, then h d of each delta that has rows in the tile."""
+    """One tile of y: ρ·x Wᵀ, then h d of each delta that has rows in the tile; a share of x."""
     first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_m, in_n = first_m + m < rows, first_n + n < out
@@ -172,8 +173,16 @@ def delta_linear_kernel(
 
     wide = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
+    x_tile = x + first_m.to(tl.int64) * width
+    if append is not None:
+        token = (first_m + m) % tokens
+        kept = append + (delta.to(tl.int64) * stride_pb + token.to(tl.int64) * stride_pr)
+        # The tiles of these rows take turns: one alone would be late.
+        for start in range(tl.program_id(1) * BLOCK_K, width, tl.num_programs(1) * BLOCK_K):
+            inside = in_m[:, None] & (start + k < width)[None, :]
+            xs = tl.load(x_tile + start + (m[:, None] * width + k[None, :]), mask=inside)
+            tl.store(kept[:, None] + (start + k)[None, :], xs, mask=inside)
     if weight is not None:
-        x_tile = x + first_m.to(tl.int64) * width
         w_tile = weight + first_n.to(tl.int64) * stride_wn
         for start in range(0, width, BLOCK_K):
             in_k = start + k < width
@@ -231,6 +240,7 @@ def delta_linear_launch(
     d: Tensor,
     beta: Tensor,
     rho: Tensor | None = None,
+    append: Tensor | None = None,
 ) -> Tensor:
     """See :func:`ttt_fast.ops.delta_linear`, which checks the arguments.
 
@@ -240,6 +250,8 @@ def delta_linear_launch(
     rank, out = a.shape[1], d.shape[2]
     y = x.new_empty(batch, tokens, out)
     if y.numel() == 0:
+        if append is not None:
+            append.copy_(x)
         return y
     x = x.contiguous()
     a, d, beta = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, d, beta))
@@ -261,10 +273,11 @@ def delta_linear_launch(
 
     tiles = tiles_for(rows, x.dtype)
     stride_wn, stride_wk = (0, 0) if weight is None else weight.stride()
+    stride_pb, stride_pr = (0, 0) if append is None else append.stride()[:2]
     # Tiles of the same columns one after the other: they find W in the cache.
     delta_linear_kernel[triton.cdiv(rows, tiles.rows), triton.cdiv(out, tiles.columns)](
-        x, weight, d, h, rho, y, rows, tokens, width, out, rank, splits, stride_wn, stride_wk,
-        d.stride(0), d.stride(1),
+        x, weight, d, h, rho, y, append, rows, tokens, width, out, rank, splits, stride_wn,
+        stride_wk, d.stride(0), d.stride(1), stride_pb, stride_pr,
         **_product_constants(tiles, x.dtype), **_options(tiles), enable_fp_fusion=False,
     )  # fmt: skip
     return y
@@ -290,16 +303,23 @@ def _score_case(dtype: torch.dtype, tiles: Tiles) -> Case:
     )  # fmt: skip
 
 
-def _product_case(dtype: torch.dtype, tiles: Tiles, by_columns: bool = False) -> Case:
+def _product_case(
+    dtype: torch.dtype, tiles: Tiles, *, by_columns: bool = False, append: bool = True
+) -> Case:
     storage, score, wide = _types(dtype)
-    tensors = dict.fromkeys(("x", "weight", "d", "y"), storage) | {"h": score, "rho": wide}
+    names = ("x", "weight", "d", "y", "append")[: None if append else -1]
+    tensors = dict.fromkeys(names, storage) | {"h": score, "rho": wide}
     unit, stride = ("stride_wn", "stride_wk")[:: 1 if by_columns else -1]
-    strides = ("width", "out", stride, "stride_db", "stride_dr")
+    strides = ("width", "out", stride, "stride_db", "stride_dr", "stride_pb", "stride_pr")
     sizes = (*strides, "rows", "tokens", "rank", "splits")
-    order = ", W by columns" if by_columns else ""
+    words = (
+        storage[1:], f"{tiles.rows} x {tiles.columns}", "W by columns" * by_columns,
+        "x not kept" * (not append),
+    )  # fmt: skip
+    constants = _product_constants(tiles, dtype) | {unit: 1}
     return Case(
-        f"{storage[1:]}, {tiles.rows} x {tiles.columns}{order}", delta_linear_kernel,
-        tensors | dict.fromkeys(sizes, "i32"), _product_constants(tiles, dtype) | {unit: 1},
+        ", ".join(filter(None, words)), delta_linear_kernel, tensors | dict.fromkeys(sizes, "i32"),
+        constants if append else constants | {"append": None},
         **_options(tiles), divisible=(*tensors, *strides), dot=dtype != torch.float32,
     )  # fmt: skip
 
@@ -309,6 +329,7 @@ CASES = [
     _score_case(torch.bfloat16, TILES[torch.bfloat16][-1]),
     *(_product_case(torch.bfloat16, tiles) for tiles in TILES[torch.bfloat16]),
     _product_case(torch.bfloat16, TILES[torch.bfloat16][-1], by_columns=True),
+    _product_case(torch.bfloat16, TILES[torch.bfloat16][0], append=False),
     _score_case(torch.float16, TILES[torch.float16][-1]),
     _product_case(torch.float16, TILES[torch.float16][-1]),
     _score_case(torch.float32, TILES[torch.float32][-1]),

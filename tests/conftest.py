@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_data = pytest.mark.skip(reason="TTT_FAST_DATA names no folder of evaluation files")
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     no_nvcc = pytest.mark.skip(reason="nvcc is not on PATH")
+    no_harness = pytest.mark.skip(
+        reason="lm-eval is not installed; pip install 'ttt-fast[lm-eval]'"
+    )
     for item in items:
         if "data" in item.keywords and not os.environ.get("TTT_FAST_DATA"):
             item.add_marker(no_data)
@@ -36,3 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if "nvcc" in item.keywords and not shutil.which("nvcc"):
             item.add_marker(no_nvcc)
+        if "lm_eval" in item.keywords and find_spec("lm_eval") is None:
+            item.add_marker(no_harness)
+        for package, module in (marker.args for marker in item.iter_markers("peer")):
+            if find_spec(module) is None:
+                reason = f"{package} is not installed; pip install 'ttt-fast[peers]'"
+                item.add_marker(pytest.mark.skip(reason=reason))

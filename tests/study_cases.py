@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.families import tiny_model
+from ttt_fast.study import Setting, StudyReport
 
 WORDS = (
     "write a quote that ends in the word heavy light stone river absence makes heart grow fonder"
@@ -62,6 +63,27 @@ def gsm_rows(n_templates: int = 2, n_instances: int = 2) -> list[dict[str, Any]]
     ]
 
 
+def math_rows() -> list[dict[str, Any]]:
+    """In the format of MATH-Perturb's files, where an answer may be a number."""
+    common = {"level": "Level 5", "original_split": "test"}
+    return [
+        {"problem_id": 2, "problem": "What is a third of one half?", "answer": "\\frac{1}{6}",
+         "type": "Algebra", **common},
+        {"problem_id": 5, "problem": "What is $1+2$?", "answer": 3, "type": "Algebra", **common},
+        {"problem_id": 9, "problem": "Halve a half.", "answer": 0.25, "type": "Precalculus",
+         **common},
+    ]  # fmt: skip
+
+
+def aime_rows() -> list[dict[str, Any]]:
+    """In the formats of the copies that are about."""
+    return [
+        {"id": 60, "problem": "Find $xy$ where $x = y = 5$.", "solution": "", "answer": "25",
+         "url": "", "year": "2024"},
+        {"ID": "2024-II-4", "Problem": "Find the remainder.", "Solution": "", "Answer": "033"},
+    ]  # fmt: skip
+
+
 def text_rows(n: int = 4) -> list[dict[str, Any]]:
     """Texts of two domains."""
     text = "the cat sat on the mat and absence makes the heart grow fonder"
@@ -75,3 +97,22 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """A file of JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def line(
+    prompt: str, setting: Setting, step: int, right: bool = True, loss: float = 2.0, **values: Any
+) -> dict[str, Any]:
+    """A result made up: right or wrong by both metrics, all else plausible."""
+    shown = {"likelihood": right, "generation": right}
+    return {
+        "prompt": prompt, "setting": setting.as_dict(), "step": step, "loss": loss,
+        "grad_norm": 1.0 + step, "delta_norm": setting.lr * step, "update_landed": 1.0,
+        "diverged_at": None, "correct": shown,
+    } | values  # fmt: skip
+
+
+def report_of(lines: list[dict[str, Any]], task: str = "memo-trap") -> StudyReport:
+    """Their report."""
+    identity = {"task": task, "seed": 3, "dtype": "bfloat16", "weights": "[7]"}
+    about = {"model": "a<b>", "file": "rows.jsonl", "known_file": True, "versions": {"torch": "9"}}
+    return StudyReport(lines, {"identity": identity, "about": about, "prompts": 9}, "the plan")

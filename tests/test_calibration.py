@@ -9,6 +9,7 @@ import torch
 from ttt_fast import calibration
 from ttt_fast.calibration import RANKS, ROWS, default_machine, machine
 from ttt_fast.engines import cost
+from ttt_fast.engines.machine import is_smooth
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_noise_still_makes_a_machine():
     noisy = ns | {("product", 64): 100 * ns["product", 64], ("decoder", "wide"): 1.0}
     noisy |= {("adapt", "dense"): 1.0, ("delta", 128): 1e-9}
     found = calibration._speeds("float32", noisy)
-    assert cost.is_smooth(found.rows, found.product_ns)
+    assert is_smooth(found.rows, found.product_ns)
     assert found.element_ns > 0 < found.dense_module_us
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from ttt_fast.calibration import default_machine
 from ttt_fast.engines import cost
-from ttt_fast.engines.cost import Layer, Machine, Workload
+from ttt_fast.engines.cost import Layer, Workload
+from ttt_fast.engines.machine import Machine, is_smooth, smooth
 
 
 def test_memory_by_hand():
@@ -79,7 +80,7 @@ def machines(draw) -> Machine:
     rows, ranks = (1, 10, 100), (10, 100)
 
     def table() -> tuple[float, ...]:
-        return cost.smooth(rows, [draw(speed) for _ in rows])
+        return smooth(rows, [draw(speed) for _ in rows])
 
     slow = draw(st.floats(0.1, 10))
     return Machine(
@@ -136,8 +137,8 @@ def test_bytes_and_times_are_positive_and_grow(work, machine, more):
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6))
 def test_smooth_times_are_accepted_and_stay(times):
     rows = [3**i for i in range(len(times))]
-    smoothed = cost.smooth(rows, times)
-    assert cost.is_smooth(rows, smoothed)
+    smoothed = smooth(rows, times)
+    assert is_smooth(rows, smoothed)
     assert smoothed[-1] == times[-1]
 
 

@@ -136,6 +136,25 @@ def test_empty(shape):
     assert ops.delta_linear(*case(*shape, torch.float32)).shape == (shape[0], shape[1], shape[4])
 
 
+@dtypes
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("shape", [(1, 1, 0, 1, 1), (3, 20, 0, 9, 8), (3, 7, 60, 33, 65)], ids=str)
+def test_x_is_kept_behind_the_rows_of_a(dtype, backend, shape):
+    x, weight, a, d, beta, rho = case(*shape, dtype)
+    batch, tokens, rank, width, _ = shape
+    buffer = torch.full((batch, rank + tokens + 2, width + 1), torch.nan).to(dtype)[..., 1:]
+    buffer[:, :rank] = a
+    append = buffer[:, rank : rank + tokens]
+    version = append._version
+    for given in ((weight, rho), (None, None)):
+        append.fill_(torch.nan)
+        args = x, given[0], buffer[:, :rank], d, beta, given[1]
+        y = ops.delta_linear(*args, append, backend=backend)
+        assert torch.equal(y, ops.delta_linear(*args, backend=backend))
+        assert torch.equal(append, x) and append._version > version
+        assert torch.equal(buffer[:, :rank], a) and buffer[:, rank + tokens :].isnan().all()
+
+
 ARGS = case(2, 3, 4, 5, 6, torch.float32)
 
 
@@ -151,6 +170,13 @@ ARGS = case(2, 3, 4, 5, 6, torch.float32)
         (2, ARGS[2].bfloat16(), "a is bfloat16; it must be float32"),
         (4, ARGS[4].bfloat16(), "beta is bfloat16; it must be float32 or float64"),
         (3, ARGS[3].to("meta"), "d is on meta, other tensors on cpu"),
+        (
+            6,
+            torch.ones(2, 3, 6),
+            r"append has shape .* \(B, M, in\) with B = 2, M = 3, in = 5",
+        ),
+        (6, torch.ones(2, 3, 5).half(), "append is float16; it must be float32"),
+        (6, torch.ones(2, 5, 3).mT, r"append has strides .*; the entries of a row must lie side"),
     ],
 )
 def test_refusals(position, value, message):
@@ -344,11 +370,15 @@ BARE = torch.ops.ttt_fast_cpp.delta_linear
         (4, ARGS[4].double(), "beta and rho of the compute type"),
         (4, ARGS[4][:, :2].contiguous(), "shapes do not agree"),
         (5, ARGS[5][:1], "shapes do not agree"),
+        (6, torch.ones(2, 3, 5).bfloat16(), "must be of one dtype"),
+        (6, torch.ones(2, 5, 3).mT, "must be contiguous"),
+        (6, torch.ones(2, 4, 5), "shapes do not agree"),
     ],
 )
 def test_cpp_checks_what_it_is_given(position, value, message):
     """Inner loops call it without the wrapper."""
-    args = [*ARGS[:position], value, *ARGS[position + 1 :]]
+    args = [*ARGS, None]
+    args[position] = value
     with pytest.raises(RuntimeError, match=f"delta_linear: .*{message}"):
         BARE(*args)
 

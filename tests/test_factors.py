@@ -8,6 +8,7 @@ from ttt_fast.engines.factors import (
     Inputs,
     Lookups,
     MatrixFactors,
+    Padding,
     RowBuffer,
     Rows,
     Track,
@@ -108,19 +109,29 @@ def test_room_is_kept_from_prompt_to_prompt_and_made_where_there_is_not_enough()
     assert buffer.nbytes == 3 * 9 * 2 * 8
 
 
-def test_nan_in_masked_rows_does_not_get_in():
-    mask = torch.tensor([[1, 0], [1, 1], [0, 0]])[:, :, None] != 0
-    rows = noise(3, 2, 2).masked_fill(~mask, torch.nan)
-    expected = torch.where(mask, rows, 0)
-    for start, before in ((0, 0), ((0, 2, 1), 2)):
-        buffer = filled_with_nan()
-        if before:
-            buffer.write(slice(1, 2), 0, noise(1, 2, 2))
-        buffer.write(ALL, start, rows, mask)
-        assert torch.equal(buffer.at(ALL, start, 2), expected)
-    # Without a mask it does.
-    buffer.write(ALL, 0, rows)
-    assert buffer.first(ALL, 2).isnan().any()
+@pytest.mark.parametrize("numbered", [True, False])
+def test_nan_at_padding_does_not_get_in(numbered):
+    tokens = torch.tensor([[1, 0], [1, 1], [0, 0]]) != 0
+    rows = noise(3, 2, 2).masked_fill(~tokens[..., None], torch.nan)
+    expected = torch.where(tokens[..., None], rows, 0)
+    padding = Padding(tokens)
+    if not numbered:
+        padding._where = None  # as on a device that the host does not wait for
+    assert torch.equal(padding.blanked(rows), expected)
+    assert rows.isnan().sum() == 6
+    buffer = filled_with_nan()
+    place = buffer.room(ALL, 1, 2).copy_(rows)
+    assert buffer.first(ALL, 3)[:, 1:].isnan().sum() == 6
+    padding.blank_(place)
+    assert torch.equal(buffer.first(ALL, 3)[:, 1:], expected)
+
+
+def test_rows_that_begin_at_different_numbers_have_no_one_place():
+    inputs, x = some_inputs(Rows(3).append(0, slice(1, 2), 2)), noise(3, 2, 2)
+    x[0, 1] = torch.nan
+    padding = Padding(torch.tensor([[1, 0], [1, 1], [1, 1]]) != 0)
+    assert inputs.record(x, x, ALL, 1, padding) == ((0, 2, 0), None)
+    assert torch.equal(inputs.buffer.at(ALL, (0, 2, 0), 2), padding.blanked(x))
 
 
 def test_rows_behind_a_shorter_delta_are_zero_whatever_was_in_the_memory():
@@ -159,37 +170,46 @@ def some_inputs(root=None, width=2):
     return inputs
 
 
+def put(inputs, x, step=0):
+    """Record x as a product does; return the start of its rows."""
+    start, place = inputs.record(x, x, ALL, step, None)
+    if place is not None:
+        place.copy_(x)
+    return start
+
+
 def test_the_same_tensor_is_written_once():
     inputs, x = some_inputs(), noise(3, 2, 2)
-    assert [inputs.record(x, x, ALL, 0, None) for _ in "qkv"] == [0, 0, 0]
+    assert [put(inputs, x) for _ in "qkv"] == [0, 0, 0]
+    assert inputs.record(x, x, ALL, 0, None) == (0, None)
     assert inputs.calls == [(0, 2)] and inputs.pending.lengths == (2, 2, 2)
     assert inputs.rows.lengths == (0, 0, 0)
 
 
 def test_another_tensor_of_equal_values_is_another_call():
     inputs, x = some_inputs(), noise(3, 2, 2)
-    assert inputs.record(x, x, ALL, 0, None) == 0
+    assert put(inputs, x) == 0
     other = x.clone()
-    assert inputs.record(other, other, ALL, 0, None) == 2
+    assert put(inputs, other) == 2
     assert inputs.calls == [(0, 2), (2, 2)]
 
 
 def test_a_tensor_that_was_written_to_is_another_one():
     inputs, x = some_inputs(), noise(3, 2, 2)
-    inputs.record(x, x, ALL, 0, None)
+    put(inputs, x)
     x.mul_(2)
     assert not inputs.is_last(x)
-    assert inputs.record(x, x, ALL, 0, None) == 2
+    assert put(inputs, x) == 2
     assert torch.equal(inputs.buffer.first(ALL, 4)[:, 2:], 2 * inputs.buffer.first(ALL, 2))
 
 
 def test_a_forward_that_is_over_is_forgotten():
     """The next forward may be given a tensor at the same place in memory."""
     inputs, x = some_inputs(), noise(3, 2, 2)
-    inputs.record(x, x, ALL, 0, None)
+    put(inputs, x)
     inputs.forget()
     assert not inputs.is_last(x) and inputs.calls == []
-    assert inputs.record(x, x, ALL, 1, None) == 2
+    assert put(inputs, x, step=1) == 2
 
 
 # ---------------------------------------------------------------------------- one matrix
@@ -210,7 +230,9 @@ def matrix_of(shape=(4, 2), rows=None, embeds=False, transposed=False, root=None
 
 
 def record(factors, x, dy, deltas=ALL, step=0):
-    start = factors.inputs.record(x, x, deltas, step, None)
+    start, place = factors.inputs.record(x, x, deltas, step, None)
+    if place is not None:
+        place.copy_(x)
     if dy is not None:
         factors.record_dy(deltas, start, dy)
 

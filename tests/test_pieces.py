@@ -1,17 +1,31 @@
 """Modules of models that one op computes: as their own code does, and given back."""
 
+import functools
 import importlib
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from tests.families import tiny_model
+from tests.families import FAMILIES, tiny_model
 from tests.loops import prompt_ids
 from tests.untouched import unchanged
+from tests.update_cases import assert_same_bits
 from ttt_fast import TTTConfig, TTTTrainer
 from ttt_fast.engines import pieces
-from ttt_fast.engines.pieces import GATED_MLPS, RMS_NORMS, glu_of, pieces_of, rms_norm_of
+from ttt_fast.engines.pieces import (
+    ATTENTIONS,
+    GATED_MLPS,
+    RMS_NORMS,
+    RotaryPiece,
+    glu_of,
+    pieces_of,
+    rms_norm_of,
+    rotary_of,
+    standing_in,
+)
 
 ENGINES = pytest.mark.parametrize("engine", ["dense", "factored"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -19,7 +33,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 def classes(names, suffix):
     """Those of the classes that the installed transformers has."""
-    folders = {"deepseekv2": "deepseek_v2", "deepseekv3": "deepseek_v3"}
+    folders = {
+        "deepseekv2": "deepseek_v2", "deepseekv3": "deepseek_v3", "gptneox": "gpt_neox",
+        "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
+    }  # fmt: skip
     for name in sorted(names):
         family = name.removesuffix(suffix).lower()
         family = folders.get(family, family)
@@ -31,7 +48,8 @@ def classes(names, suffix):
 
 
 NORMS, MLPS = list(classes(RMS_NORMS, "RMSNorm")), list(classes(GATED_MLPS, "MLP"))
-by_name = {kind.__name__: kind for kind in NORMS + MLPS}
+TURNING = list(classes(ATTENTIONS, "Attention"))
+by_name = {kind.__name__: kind for kind in NORMS + MLPS + TURNING}
 
 
 def noise(*shape, seed=0):
@@ -75,6 +93,7 @@ def outputs_and_gradients(forward, module, x, dy):
 def test_the_usual_families_are_there():
     assert {"LlamaRMSNorm", "Qwen2RMSNorm", "GemmaRMSNorm", "Olmo2RMSNorm"} <= set(by_name)
     assert {"LlamaMLP", "Qwen2MLP", "GemmaMLP", "MistralMLP"} <= set(by_name)
+    assert {"LlamaAttention", "Phi3Attention", "GPTNeoXAttention", "OlmoAttention"} <= set(by_name)
 
 
 @DTYPES
@@ -140,7 +159,7 @@ def test_what_is_not_known_is_left_alone():
 def count_pieces(monkeypatch):
     """Calls of the ops by pieces, counted."""
     calls = []
-    for function in (pieces._RmsNorm, pieces._Glu):
+    for function in (pieces._RmsNorm, pieces._Glu, pieces._Rotary):
         real = function.apply
 
         def spy(*args, real=real, function=function):
@@ -162,6 +181,7 @@ def test_an_adaptation_is_what_it_is_without_them(engine, family, scope, monkeyp
         with TTTTrainer(model, config).adapt(rows, deltas="independent") as adapted:
             losses = adapted.losses
     assert pieces._RmsNorm in calls and (pieces._Glu in calls) == (family != "phi3")
+    assert pieces._Rotary in calls
     monkeypatch.setattr(pieces, "_is_of", lambda *_: False)
     calls = count_pieces(monkeypatch)
     with TTTTrainer(model, config).adapt(rows, deltas="independent") as adapted:
@@ -172,6 +192,7 @@ def test_an_adaptation_is_what_it_is_without_them(engine, family, scope, monkeyp
 def test_plain_torch_is_the_models_own_code(monkeypatch):
     norm, mlp = new_norm(by_name["LlamaRMSNorm"]), new_mlp(by_name["LlamaMLP"])
     assert rms_norm_of(norm, "torch") is None and glu_of(mlp, "torch") is None
+    assert rotary_of(attention_of(tiny_model("llama")), "torch") is None
     monkeypatch.setenv("TTT_FAST_BACKEND", "torch")
     assert list(pieces_of(nn.ModuleList([norm, mlp]), "auto", lambda x: False)) == []
 
@@ -186,11 +207,11 @@ def test_stock_torchs_bits_need_the_models_own_code(monkeypatch):
 
 
 @ENGINES
-@pytest.mark.parametrize("name", ["norm", "layers.0.mlp"])
+@pytest.mark.parametrize("name", ["norm", "layers.0.mlp", "layers.0.self_attn"])
 def test_a_module_with_a_forward_of_its_own_on_the_instance_keeps_it(engine, name):
     model, seen = tiny_model("llama"), []
     module = model.model.get_submodule(name)
-    module.forward = lambda x: (seen.append(1), type(module).forward(module, x))[1]
+    module.forward = lambda *x, **y: (seen.append(1), type(module).forward(module, *x, **y))[1]
     config = TTTConfig(lr=1e-2, steps=2, engine=engine, scope="attention")
     with TTTTrainer(model, config).adapt(prompt_ids(6)):
         pass
@@ -215,3 +236,161 @@ def test_gradients_of_gradients_through_an_adapted_model(scope):
         (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
         (second,) = torch.autograd.grad(gradient.square().sum(), embeddings)
     assert second.abs().sum() > 0
+
+
+# ---------------------------------------------------------------------------- rotary positions
+
+# GPT-2 and OPT have learned positions.
+ROTARY_FAMILIES = [family for family in FAMILIES if family not in ("gpt2", "opt")]
+
+
+def attention_of(model):
+    return model.model.layers[0].self_attn
+
+
+def model_with(kind, dtype):
+    """A tiny model of the family that an attention is of."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = kind.__module__.split(".")[-2]
+    config = AutoConfig.for_model(
+        {"gemma3": "gemma3_text"}.get(family, family), vocab_size=101, hidden_size=32,
+        intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, num_experts=4, num_experts_per_tok=2,
+        num_local_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40,
+        **({"head_dim": 8} if family not in ("phi3", "gpt_neox") else {}),
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def turning(model):
+    return [piece for piece in pieces_of(model, "auto", lambda x: False)
+            if isinstance(piece, RotaryPiece)]  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", TURNING, ids=lambda kind: kind.__name__)
+def test_turns_as_the_models_own_code(kind, dtype, monkeypatch):
+    model, rows = model_with(kind, dtype), prompt_ids(9, n_rows=2)
+    ours = turning(model)
+    assert len(ours) == 2
+    calls, results = count_pieces(monkeypatch), []
+    for stand_ins in (ours, []):
+        with standing_in(stand_ins):
+            logits = model(rows).logits
+        loss = logits.float().square().mean()
+        results.append((logits, *torch.autograd.grad(loss, model.parameters(), allow_unused=True)))
+        assert len(calls) == 2  # a layer each, once
+    (y, *gradients), (expected, *theirs) = results
+    if kind.__name__ in pieces._TURN_PART:  # another layout in memory, other sums of products
+        assert_near(y, expected, 0.5)
+    else:
+        assert_same_bits([y], [expected], "logits")
+    for mine, other in zip(gradients, theirs, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            near = 0.05 if dtype == torch.bfloat16 else 1e-4
+            assert (mine - other).norm() <= near * other.norm()
+
+
+def turned_case(family, dtype=torch.float64):
+    """A tiny model's way to turn, queries, keys and angles whose halves differ."""
+    model = tiny_model(family, dtype)
+    (name, module), *_ = [m for m in model.named_modules() if rotary_of(m[1], "auto")]
+    q, k = noise(2, 4, 5, 8).to(dtype), noise(2, 2, 5, 8, seed=1).to(dtype)
+    cos, sin = noise(2, 1, 5, 4 if family == "phi3" else 8, seed=2).to(dtype)
+    return rotary_of(module, "auto"), (q, k, cos, sin)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_gradients_of_turned_queries_and_keys(family):
+    rotary, (q, k, cos, sin) = turned_case(family)
+    inputs = q.requires_grad_(), k.requires_grad_()
+    assert gradcheck(lambda q, k: rotary(q, k, cos, sin), inputs)
+    wrong = rotary._replace(op=lambda *args, transposed: rotary.op(*args, transposed=False))
+    with pytest.raises(GradcheckError):
+        gradcheck(lambda q, k: wrong(q, k, cos, sin), inputs)
+
+
+def test_what_needs_no_gradient_is_not_turned_back():
+    rotary, (q, k, cos, sin) = turned_case("llama")
+    back = []
+
+    def op(*args, transposed):
+        back.extend([1] * transposed)
+        return rotary.op(*args, transposed=transposed)
+
+    q, k = rotary._replace(op=op)(q.requires_grad_(), k, cos, sin)
+    assert q.requires_grad and not k.requires_grad
+    q.sum().backward()
+    assert len(back) == 1
+
+
+def test_calls_that_are_not_the_usual_one_are_left_to_the_models_own_code(monkeypatch):
+    rotary, (q, k, cos, sin) = turned_case("llama", torch.float32)
+    calls = count_pieces(monkeypatch)
+    flat = [t.transpose(1, 2) for t in (q, k)]
+    for arguments, options in (
+        ((*flat, cos, sin), {"unsqueeze_dim": 2}),
+        ((*flat, cos, sin, 2), {}),
+        ((q.bfloat16(), k.bfloat16(), cos, sin), {}),
+        ((q, k, cos[:, :1], sin[:, :1]), {}),
+        ((q, k, cos.requires_grad_(), sin), {}),
+    ):
+        ours, theirs = rotary(*arguments, **options), rotary.own(*arguments, **options)
+        assert_same_bits(list(ours), list(theirs), "own code")
+    assert ours[0].grad_fn is not None
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        rotary(q, k, cos[..., :4].detach(), sin[..., :4])
+    assert not calls
+
+
+def test_positions_that_somebody_changed_are_left_alone(monkeypatch):
+    attention = attention_of(tiny_model("llama"))
+    kind, file = type(attention), vars(sys.modules[type(attention).__module__])
+    assert rotary_of(attention, "auto") is not None
+
+    def wrapped(function):
+        return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+
+    for name in ("apply_rotary_pos_emb", "rotate_half"):
+        with monkeypatch.context() as patch:
+            patch.setitem(file, name, wrapped(file[name]))
+            assert rotary_of(attention, "auto") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", wrapped(kind.forward))
+        assert rotary_of(attention, "auto") is None
+    own = type("LlamaAttention", (kind,), {"__module__": kind.__module__})
+    assert rotary_of(own(attention.config, 0), "auto") is None
+    assert rotary_of(attention, "auto") is not None
+
+
+def test_no_other_model_turns_with_it(monkeypatch):
+    model, other, rows = tiny_model("llama"), tiny_model("llama", seed=1), prompt_ids(6)
+    attention, expected = attention_of(model), other(rows).logits
+    file, forward = vars(sys.modules[type(attention).__module__]), type(attention).forward
+    before, calls = dict(file), count_pieces(monkeypatch)
+    with standing_in(turning(model)):
+        assert torch.equal(other(rows).logits, expected) and not calls
+        model(rows)
+        assert len(calls) == 3 and file == before and type(attention).forward is forward
+        assert forward.__globals__ is file and "forward" not in vars(attention_of(other))
+    model(rows)
+    assert len(calls) == 3 and "forward" not in vars(attention)
+
+
+@ENGINES
+@pytest.mark.parametrize("family", ROTARY_FAMILIES)
+def test_every_family_adapts_as_it_does_without(engine, family, monkeypatch):
+    model, rows, steps = tiny_model(family), prompt_ids(9), 20 if family == "llama" else 4
+    config = TTTConfig(lr=1e-2, steps=steps, engine=engine, momentum=0.9, scope="attention")
+    with monkeypatch.context() as patch, unchanged(model):
+        calls = count_pieces(patch)
+        with TTTTrainer(model, config).adapt(rows) as adapted:
+            losses = adapted.losses
+    assert pieces._Rotary in calls
+    monkeypatch.setattr(pieces, "rotary_of", lambda *_: None)
+    with TTTTrainer(model, config).adapt(rows) as adapted:
+        assert torch.allclose(adapted.losses, losses, rtol=2e-4)

@@ -87,8 +87,10 @@ def test_frozen_layers_are_crossed_but_not_trained():
 def test_the_gradient_stops_below_the_first_adapted_layer():
     whole, top = (work_of(meta_model("smollm2"), layers=s) for s in (None, "-4:"))
     block = whole.forward_weights - 49152 * 576
-    # The first projection of the first adapted layer has nobody to pass a gradient to.
-    assert top.backward_weights == 49152 * 576 + 4 * block // 30 - 576 * 576
+    assert top.backward_weights == 49152 * 576 + 4 * block // 30
+    # Without its norm, the first projection has nobody to pass a gradient to.
+    bare = work_of(meta_model("smollm2"), layers="-4:", scope="attention")
+    assert top.backward_weights - bare.backward_weights == 576 * 576
     # Below it the first step's hidden states are kept.
     below = 26 * block // 30
     assert top.forward_weights == pytest.approx(whole.forward_weights - below * (1 - 1 / top.steps))

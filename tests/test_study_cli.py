@@ -128,6 +128,12 @@ def test_help_names_every_setting(capsys):
         assert "--" + name.replace("_", "-") in text, name
 
 
+def test_lm_eval_without_the_harness(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["lm-eval", "run", "--model", "ttt_fast"]) == 2
+    assert "pip install 'ttt-fast[lm-eval]'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_study(arguments, tmp_path, capsys):
     assert run(capsys, arguments)[0] == 0

@@ -10,7 +10,8 @@ import statistics
 import pytest
 from matplotlib.image import imread
 
-from ttt_fast.study import Grid, Setting, StudyReport
+from tests.study_cases import line, report_of
+from ttt_fast.study import Grid, Setting
 from ttt_fast.study import figures as figures_module
 from ttt_fast.study.analysis import Analysis
 from ttt_fast.study.intervals import mean_estimate, share_estimate, spearman, wilson
@@ -22,21 +23,6 @@ GRID = Grid(
 )  # fmt: skip
 SMALL = Setting("sgd", 1e-4)
 LARGE = Setting("sgd", 1e-2)
-
-
-def line(prompt, setting, step, right=True, loss=2.0, **values):
-    shown = {"likelihood": right, "generation": right}
-    return {
-        "prompt": prompt, "setting": setting.as_dict(), "step": step, "loss": loss,
-        "grad_norm": 1.0 + step, "delta_norm": setting.lr * step, "update_landed": 1.0,
-        "diverged_at": None, "correct": shown,
-    } | values  # fmt: skip
-
-
-def report_of(lines, task="memo-trap"):
-    identity = {"task": task, "seed": 3, "dtype": "bfloat16", "weights": "[7]"}
-    about = {"model": "a<b>", "file": "rows.jsonl", "known_file": True, "versions": {"torch": "9"}}
-    return StudyReport(lines, {"identity": identity, "about": about, "prompts": 9}, "the plan")
 
 
 def whole_grid():
@@ -168,7 +154,7 @@ def test_the_lowest_loss_chooses_the_worst_here():
     (sentence,) = report_of(small()).conclusions("likelihood")
     assert "Chosen by the lowest loss" in sentence
     assert "25.0; not adapted 50.0; the best in hindsight 75.0" in sentence
-    assert "-1.00 over 2 settings" in sentence
+    assert "-1.00 [-1.00, +0.00] over 2 settings" in sentence
 
 
 def test_of_a_likelihood_less_is_better():
@@ -239,7 +225,7 @@ def test_page_is_self_contained(written):
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == 8
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "a&lt;b&gt;" in page and "a<b>" not in page
-    assert page.count("<table>") == page.count("</table>") == 4
+    assert page.count("<table>") == page.count("</table>") == 5
     assert "the plan" in page
 
 
@@ -253,6 +239,13 @@ def test_a_study_that_is_not_complete_says_so():
     assert "NOT COMPLETE" not in report_of(small()).page()
     fewer = [each for each in small() if each["prompt"] != "p3" or each["setting"]["lr"] < 1e-3]
     assert "NOT COMPLETE: settings have 3 to 4 prompts" in report_of(fewer).page()
+
+
+def test_adamw_has_no_momentum_to_draw():
+    settings = [Setting("sgd", 1e-3, momentum=0.9), Setting("adamw", 1e-3)]
+    assert not figures_module._varies(settings, "momentum")
+    assert figures_module._varies(settings, "optimizer")
+    assert figures_module._varies([*settings, Setting("sgd", 1e-3)], "momentum")
 
 
 def test_hollow_points_are_those_that_did_not_land():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,10 @@ from ttt_fast.study.tasks import TASKS, Example, find_task, last_number, load_ex
 ROWS = {
     "memo-trap": cases.memo_trap_rows,
     "gsm-symbolic": cases.gsm_rows,
+    "math-perturb": cases.math_rows,
+    "aime": cases.aime_rows,
     "text-halves": cases.text_rows,
+    "text-stream": cases.text_rows,
 }
 
 
@@ -47,7 +51,7 @@ def test_a_gsm_row_is_of_its_template(tmp_path):
 def test_a_known_file_is_known(tmp_path, monkeypatch):
     path = cases.write_rows(tmp_path / "rows.jsonl", cases.text_rows())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    task = replace(TASKS["text-halves"], sha256=digest[:16])
+    task = replace(TASKS["text-halves"], sha256=("0" * 16, digest[:16]))
     assert load_examples(task, path).known
     assert load_examples(task, path, sha256=digest[:8].upper())
     path.write_bytes(path.read_bytes() + b"\n")
@@ -73,6 +77,37 @@ def test_a_known_file_is_known(tmp_path, monkeypatch):
 def test_rows_of_another_file(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         loaded(tmp_path, "memo-trap", rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("aime", {"answer": "1000"}, "'1000'; those of AIME are 0 to 999"),
+        ("aime", {"answer": "336^\\circ"}, "those of AIME are"),
+        ("aime", {"problem": ""}, "empty"),
+        ("aime", {"problem": "with \frac{1}{2}"}, "this copy of the file is damaged"),
+        ("aime", {"problem": "the \triangle ABC"}, "this copy of the file is damaged"),
+        ("math-perturb", {"answer": " "}, "answer is empty"),
+    ],
+)
+def test_rows_of_a_damaged_file(tmp_path, task, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loaded(tmp_path, task, [ROWS[task]()[0] | change])
+
+
+def test_a_math_row_asks_for_a_box(tmp_path):
+    first, second, third = loaded(tmp_path, "math-perturb").rows
+    assert first.prompt.startswith("What is a third of one half?\nPlease reason step by step")
+    assert first.prompt.endswith("\\boxed{}.")
+    assert (first.id, first.group, first.answer) == ("2", "Algebra", "\\frac{1}{6}")
+    assert (second.answer, third.answer) == ("3", "0.25")  # numbers in the file
+
+
+def test_an_aime_row_with_either_spelling(tmp_path):
+    first, second = loaded(tmp_path, "aime").rows
+    assert (first.id, first.answer) == ("60", "25")
+    assert (second.id, second.answer) == ("2024-II-4", "033")
+    assert second.prompt.startswith("Find the remainder")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +170,8 @@ def test_chat(tmp_path):
 WORD = Example("x", "p", answer="heavy", trap="fonder")
 CASE = Example("x", "p", answer="End", trap="end")
 SUM = Example("x", "p", answer="50.0")
+AIME = Example("x", "p", answer="033")
+SIXTH = Example("x", "p", answer="\\frac{1}{6}")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +190,12 @@ SUM = Example("x", "p", answer="50.0")
         ("gsm-symbolic", SUM, "it is 50.\n\nQ: 7 apples", ("50", True)),
         ("gsm-symbolic", SUM, "no idea", (None, False)),
         ("gsm-symbolic", SUM, "-50", ("-50", False)),
+        ("aime", AIME, "so $m+n = \\boxed{33}$.", ("33", True)),
+        ("aime", AIME, "\\boxed{34}, no: \\boxed{033}", ("033", True)),
+        ("aime", AIME, "\\boxed{33}, no: \\boxed{34}", ("34", False)),
+        ("aime", AIME, "the answer is 33", (None, False)),
+        ("math-perturb", SIXTH, "\\boxed{1/6}", ("1/6", True)),
+        ("math-perturb", SIXTH, "\\boxed{0.1667}", ("0.1667", False)),
     ],
 )
 def test_judgement(task, example, text, expected):
@@ -178,7 +221,7 @@ def test_a_word_is_over(text, over):
 @pytest.mark.parametrize(
     ("task", "name", "count"),
     [("memo-trap", "memo_trap", 860), ("gsm-symbolic", "gsm_symbolic_p2", 2500),
-     ("text-halves", "text_domains", 180)],
+     ("text-halves", "text_domains", 180), ("text-stream", "text_domains", 180)],
 )  # fmt: skip
 def test_the_files_that_the_loaders_were_written_for(data_dir, task, name, count):
     found = load_examples(TASKS[task], data_dir / f"{name}.jsonl")

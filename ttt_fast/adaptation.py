@@ -15,6 +15,7 @@ from ttt_fast.batch import Batch, as_prompts, complete_batch, forward_arguments,
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.deltas import Trajectory
 from ttt_fast.engines.policy import Choice
+from ttt_fast.keys_values import KeptPrompts
 from ttt_fast.objective import Objective
 from ttt_fast.profiling import Phases
 from ttt_fast.session import (
@@ -89,6 +90,7 @@ class Adaptation:
         self._phases = phases
         self._objective = objective
         self._arguments = forward_arguments(model)
+        self._kept = KeptPrompts(model, engine.selections)
         self.losses = _ragged(losses)
         self.grad_norms = _ragged(grad_norms)
         self.steps = torch.tensor([row.numel() for row in losses])
@@ -169,7 +171,8 @@ class Adaptation:
             **kwargs: passed on.
 
         Returns:
-            (rows, tokens) ids as Hugging Face returns them.
+            (rows, tokens) ids as Hugging Face returns them. What is kept from call to call:
+            :attr:`reused_keys_values`.
 
         Raises:
             RuntimeError: the adaptation is over.
@@ -178,13 +181,15 @@ class Adaptation:
         self._require_active()
         if input_ids is None:
             ids, mask = self._prompt_rows()
+            kept = self._kept
         else:
             ids, mask = self._given_rows(input_ids, kwargs)
+            kept, self._kept.reused = None, False
         with uninterrupted() as held, evaluating(self.model), self._phases("generate"):
             if self.n_deltas == 1 or self._engine.together:
                 with held.released():
-                    return self.model.generate(ids, attention_mask=mask, **kwargs)
-            return self._generate_each(ids, mask, kwargs, held)
+                    return self._generate(ids, mask, kwargs, kept)
+            return self._generate_each(ids, mask, kwargs, held, kept)
 
     def loss(self, input_ids: Any = None, labels: Tensor | None = None) -> Tensor:
         """Loss of every delta on ids, default on its own prompt, without a gradient: (D,)."""
@@ -303,6 +308,16 @@ class Adaptation:
     # ------------------------------------------------------------------ what happened
 
     @property
+    def reused_keys_values(self) -> bool | None:
+        """Whether the last ``generate`` went on from keys and values of an earlier one.
+
+        Those of the own prompts are kept where no adapted parameter can change them: a head that is
+        not the embedding, the final norm, and in the last layer what comes after them. Everything
+        else is computed again with the adapted weights. None before the first ``generate``.
+        """
+        return self._kept.reused
+
+    @property
     def timings(self) -> dict[str, float]:
         """Phase -> milliseconds: snapshot, forward, backward, update, generate, restore."""
         return self._phases.ms
@@ -333,6 +348,9 @@ class Adaptation:
             peak = self.peak_bytes.get(phase)
             memory = "" if peak is None else f"   peak {peak / 2**20:8.1f} MiB"
             lines.append(f"{phase:>10} {ms:10.1f} ms{memory}")
+        if self.reused_keys_values is not None:
+            how = "reused" if self.reused_keys_values else "computed with the adapted weights"
+            lines.append(f"keys and values of the last generation's prompt: {how}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -360,8 +378,26 @@ class Adaptation:
         ids, padding = pad_rows([row.to(device) for row in rows], self._pad_token())
         return ids, padding if mask is None else mask.to(device)
 
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        kwargs: dict[str, Any],
+        kept: KeptPrompts | None,
+        delta: int | None = None,
+    ) -> Tensor:
+        """Generate with what the model computes now; ``kept`` where rows are the own prompts."""
+        if kept is not None:
+            kwargs = kept.options(delta, ids, mask, self._arguments, kwargs)
+        return self.model.generate(ids, attention_mask=mask, **kwargs)
+
     def _generate_each(
-        self, ids: Tensor, mask: Tensor, kwargs: dict[str, Any], held: uninterrupted
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        kwargs: dict[str, Any],
+        held: uninterrupted,
+        kept: KeptPrompts | None,
     ) -> Tensor:
         if ids.shape[0] != self.n_deltas:
             raise ValueError(
@@ -373,7 +409,7 @@ class Adaptation:
         for delta in range(self.n_deltas):
             row, row_mask = ids[delta : delta + 1], mask[delta : delta + 1]
             with self.weights_of(delta), held.released():
-                output = self.model.generate(row, attention_mask=row_mask, **kwargs)
+                output = self._generate(row, row_mask, kwargs, kept, delta)
             if not isinstance(output, Tensor):
                 raise ValueError(
                     "generate: return_dict_in_generate cannot be combined over several deltas; use "
@@ -424,6 +460,7 @@ class Adaptation:
 
     def _finish(self, how: str) -> None:
         self._over, self._can_unmerge = how, False
+        self._kept.forget()
         # One that is detached may end while another holds the model.
         if holder(self.model) is self:
             release(self.model)

@@ -40,13 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ttt-fast", description="Adapt a language model to a prompt and have its weights back."
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="adapt|audit|study|doctor"
+        dest="command", required=True, metavar="adapt|audit|study|lm-eval|doctor"
     )
     _add_adapt(commands.add_parser("adapt", help="adapt a model to a prompt and let it continue"))
     about = "how much of an update reaches the weights, by learning rate and rounding"
     _add_audit(commands.add_parser("audit", help=about))
     about = "does adapting help on a task, and with which settings"
     _add_study(commands.add_parser("study", help=about))
+    about = "lm-evaluation-harness, with the model type ttt_fast (its own arguments follow)"
+    _add_lm_eval(commands.add_parser("lm-eval", help=about, add_help=False, prefix_chars="\0"))
     about = "versions, backends, and the memory that a run would need"
     _add_doctor(commands.add_parser("doctor", help=about))
     return parser
@@ -123,6 +125,9 @@ def _add_study(study: argparse.ArgumentParser) -> None:
     study.add_argument("--sha256", metavar="PREFIX", help="refuse a file with another hash")
     study.add_argument("--max-new-tokens", type=int, help="of answers (default the task's)")
     study.add_argument(
+        "--segment-tokens", type=int, help="of a segment of text-stream (default 64)"
+    )
+    study.add_argument(
         "--delta-norm",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -144,6 +149,11 @@ def _add_study(study: argparse.ArgumentParser) -> None:
             help=f"default {shown}",
         )
     _add_settings(study, without=(*_VARIED_BY_STUDY, "check_every"))
+
+
+def _add_lm_eval(lm_eval: argparse.ArgumentParser) -> None:
+    # Without a prefix that starts an option, all that follows is the harness's.
+    lm_eval.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
@@ -201,8 +211,16 @@ def _argument_type(option: Field[Any]) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
         return {"type": float, "nargs": len(default), "metavar": option.name.rstrip("s").upper()}
-    kinds = {"float | None": _or_none(float), "int | None": _or_none(int)}
+    kinds = {
+        "float | None": _or_none(float),
+        "int | None": _or_none(int),
+        "bool | str": _true_false_or_word,
+    }
     return {"type": kinds.get(str(option.type), str if default is None else type(default))}
+
+
+def _true_false_or_word(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:

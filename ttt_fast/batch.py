@@ -81,7 +81,9 @@ class Batch:
         return replace(self, **tensors)
 
     @torch.inference_mode(False)
-    def runs(self, max_tokens: int | None = None) -> list[tuple[tuple[int, ...], Batch]]:
+    def runs(
+        self, max_tokens: int | None = None, max_deltas: int | None = None
+    ) -> list[tuple[tuple[int, ...], Batch]]:
         """Runs of consecutive deltas that have equally many rows, with those rows in their order.
 
         Of a complete batch only. What is in a run can go through the model together.
@@ -89,6 +91,7 @@ class Batch:
         Args:
             max_tokens: end a run before its rows, padded to the longest, have more tokens; None for
                 no bound. A single delta is a run however long it is: with 0 each is one.
+            max_deltas: of a run; None for no bound.
         """
         counts = torch.bincount(self.delta_index).tolist()
         lengths = self.attention_mask.sum(1)
@@ -102,6 +105,7 @@ class Batch:
             width = max([longest[d] for d in run], default=0)
             tokens = count * (len(run) + 1) * max(width, longest[delta])
             joins = run and run[-1] == delta - 1 and counts[run[-1]] == count
+            joins = joins and (max_deltas is None or len(run) < max_deltas)
             if count and joins and (max_tokens is None or tokens <= max_tokens):
                 run.append(delta)
             elif count:

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from ttt_fast import ops
 from ttt_fast.batch import Batch
 from ttt_fast.engines import cost, policy
-from ttt_fast.engines.cost import Machine, Workload, smooth
+from ttt_fast.engines.cost import Workload
+from ttt_fast.engines.machine import Machine, smooth
 from ttt_fast.engines.products import linear
 from ttt_fast.objective import negative_log_likelihood
 
@@ -342,7 +343,7 @@ def _delta_cases(dtype: torch.dtype, device: torch.device) -> Cases:
         n_pairs = min(48, 12 * RANKS[-1] // R)
         sizes = [(1, R, 576), (1, R, 1536)]
         pairs = [[torch.randn(s, device=device).to(dtype) for s in sizes] for _ in range(n_pairs)]
-        calls = [partial(op, x, None, a, d, beta, None) for a, d in pairs]
+        calls = [partial(op, x, None, a, d, beta, None, None) for a, d in pairs]
         cases["delta", R] = calls, n_pairs * R * (576 + 1536)
     return cases
 

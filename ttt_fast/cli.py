@@ -1,4 +1,4 @@
-"""The command line: ``ttt-fast adapt``, ``audit``, ``study`` and ``doctor``.
+"""The command line: ``ttt-fast adapt``, ``audit``, ``study``, ``lm-eval`` and ``doctor``.
 
 Results go to stdout (with ``--json`` nothing else does), progress to stderr. Exit codes: 0 done,
 1 it ran and failed (diverged, or the weights did not come back), 2 bad input, 130 interrupted.
@@ -33,6 +33,7 @@ from ttt_fast.naive import naive_adapt, prompt_loss
 from ttt_fast.study import Grid, ResultsError, study
 from ttt_fast.study.figures import require_matplotlib
 from ttt_fast.study.shards import first_process
+from ttt_fast.study.tasks import find_task
 
 # What Hugging Face raises for a name, a folder or files that it can do nothing with.
 _NOT_A_MODEL = (OSError, ValueError, ModuleNotFoundError)
@@ -45,7 +46,8 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    command = {"adapt": _adapt, "audit": _audit, "study": _study, "doctor": _doctor}[args.command]
+    command = {"adapt": _adapt, "audit": _audit, "study": _study, "lm-eval": _lm_eval,
+               "doctor": _doctor}[args.command]  # fmt: skip
     try:
         return command(args)
     except CommandError as error:
@@ -379,7 +381,7 @@ def _study(args: argparse.Namespace) -> int:
     with _bad_input(ValueError, TypeError, ModuleNotFoundError):
         require_matplotlib()
         axes, options = study_settings(args)
-        grid = Grid(**axes)
+        grid = Grid(**(find_task(args.task).axes | axes))
     with redirect_stdout(sys.stderr), _resumable(args.out):
         model, tokenizer = _load(args.model, args.dtype, args.device)
         hash_before = parameter_hash(model)
@@ -395,6 +397,7 @@ def _study(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 chat=args.chat,
                 max_new_tokens=args.max_new_tokens,
+                segment_tokens=args.segment_tokens,
                 delta_norm=args.delta_norm,
                 sha256=args.sha256,
                 name=args.model,
@@ -422,6 +425,17 @@ def _resumable(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nttt-fast: interrupted; the same command goes on from what is in {folder}")
         raise
+
+
+# ---------------------------------------------------------------------------- lm-eval
+
+
+def _lm_eval(args: argparse.Namespace) -> int:
+    if find_spec("lm_eval") is None:
+        raise CommandError("lm-eval needs lm-evaluation-harness: pip install 'ttt-fast[lm-eval]'")
+    from ttt_fast import harness
+
+    return harness.main(args.arguments)
 
 
 # ---------------------------------------------------------------------------- doctor

@@ -20,6 +20,7 @@ _CHOICES = {
     "rounding": ROUNDINGS,
     "snapshot": ("device", "host", "undo"),
     "backend": ("auto", *BACKENDS),
+    "checkpointing": ("auto", True, False),
 }
 _GROUP_OPTIONS = (
     "lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "betas",
@@ -60,8 +61,13 @@ class TTTConfig:
         dropout: leave dropout on during steps (the model runs in eval mode otherwise).
         max_batch_tokens: tokens, padding included, that go through the model at once where several
             deltas do; None for no bound.
-        memory_budget: bytes above the model that engine="auto" and batches of prompts plan with;
-            default what the device has free.
+        memory_budget: bytes above the model that a run may need at its peak, by the formulas of
+            :mod:`ttt_fast.engines.cost`: the engine and how many deltas go at once are chosen to
+            fit, and what cannot is refused before it starts. Default None: plan with what the
+            device has free, refuse nothing.
+        checkpointing: compute decoder layers again in the backward pass: True, False, or "auto",
+            where the predicted peak does not fit the memory otherwise. Of a layer only the input
+            is kept then. Exact, and a third more time.
         check_every: steps between looks at the losses for non-finite values; default 1 on a CPU,
             ``steps`` on a GPU, where a look waits for the device. Whatever it is, nothing is
             written after a step that was not finite.
@@ -95,6 +101,7 @@ class TTTConfig:
     dropout: bool = False
     max_batch_tokens: int | None = 2048
     memory_budget: int | None = None
+    checkpointing: bool | str = "auto"
     check_every: int | None = None
     backend: str = "auto"
 

@@ -60,8 +60,9 @@ SCHEMAS: dict[str, OpSchema] = {
     "grad_norm": OpSchema("Tensor[] grads", "Tensor"),
     "gram_norm": OpSchema("Tensor x, Tensor dy", "Tensor"),
     "delta_linear": OpSchema(
-        "Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho", "Tensor",
-        backends=_NOT_CUDA,
+        "Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho, "
+        "Tensor(a!)? append", "Tensor",
+        mutated=("append",), backends=_NOT_CUDA,
     ),
     "rank_update_": OpSchema(
         "Tensor(a!) weight, Tensor x, Tensor dy, Tensor beta, *, float scale, str rounding, "
@@ -84,6 +85,9 @@ SCHEMAS: dict[str, OpSchema] = {
     "glu_backward": OpSchema(
         "Tensor dy, Tensor gate, Tensor up, *, str activation", "(Tensor, Tensor)",
         backends=_NOT_CUDA,
+    ),
+    "rotary": OpSchema(
+        "Tensor x, Tensor cos, Tensor sin, *, bool transposed", "Tensor", backends=_NOT_CUDA
     ),
     "copy_": OpSchema("Tensor(a!)[] dsts, Tensor[] srcs", mutated=("dsts",)),
     "undo_restore_": OpSchema(
@@ -181,6 +185,7 @@ def _delta_linear_fake(
     d: Tensor,
     beta: Tensor,
     rho: Tensor | None,
+    append: Tensor | None,
     *,
     backend: str,
 ) -> Tensor:
@@ -216,6 +221,11 @@ def _glu_backward_fake(
     dy: Tensor, gate: Tensor, up: Tensor, *, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(gate)
+
+
+@torch.library.register_fake("ttt_fast::rotary", lib=_LIBRARY)
+def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool, backend: str) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("ttt_fast::checksum", lib=_LIBRARY)

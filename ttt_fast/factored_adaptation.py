@@ -155,6 +155,7 @@ class FactoredAdaptation(Adaptation):
             self._engine.in_use = True
             self._engine.detach()
             self._attached = False
+            self._kept.forget()
             release(self.model)
 
     def attach(self) -> None:

@@ -28,7 +28,7 @@ from ttt_fast.undo import UndoLog
 __all__ = [
     "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
     "glu", "glu_backward", "grad_norm", "gram_norm", "implementation", "nll_", "rank_update_",
-    "rms_norm", "rms_norm_backward", "sgd_", "undo_restore_",
+    "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 
@@ -261,6 +261,7 @@ def delta_linear(
     d: Tensor,
     beta: Tensor,
     rho: Tensor | None = None,
+    append: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -281,6 +282,8 @@ def delta_linear(
         d: their gradients at the output, (B, R, out), likewise.
         beta: coefficient of each row of ``a``, (B, R), float32 or float64.
         rho: factor of ``weight``, (B,) float32 or float64; None for 1.
+        append: written with x, (B, M, in): where the rows lie that ``a`` is to have next time, as
+            those behind ``a`` in its buffer. No row of it may be one of x, ``a`` or ``d``.
         backend: "auto", "torch", "cpp" (all but float16) or "triton".
 
     Returns:
@@ -291,7 +294,7 @@ def delta_linear(
     """
     if torch.is_grad_enabled():
         with torch.no_grad():
-            return delta_linear(x, weight, a, d, beta, rho, backend=backend)
+            return delta_linear(x, weight, a, d, beta, rho, append, backend=backend)
     tensors = [
         ("x", x, ("B", "M", "in"), ()),
         ("a", a, ("B", "R", "in"), ()),
@@ -302,6 +305,8 @@ def delta_linear(
         tensors.insert(1, ("weight", weight, ("out", "in"), ()))
     if rho is not None:
         tensors.append(("rho", rho, ("B",), COEFFICIENTS))
+    if append is not None:
+        tensors.append(("append", append, ("B", "M", "in"), ()))
     check_factors("delta_linear", x, tensors, {})
     chosen = choose("delta_linear", x.device.type, backend)
     if chosen == "cpp" and x.dtype == torch.float16:
@@ -317,7 +322,14 @@ def delta_linear(
     a, d = (t if t.stride(2) == 1 else t.contiguous() for t in (a, d))
     beta = beta.to(wide).contiguous()
     rho = None if rho is None else rho.to(wide).contiguous()
-    return torch.ops.ttt_fast.delta_linear(x.contiguous(), weight, a, d, beta, rho, backend=chosen)
+    if append is not None and append.stride(2) != 1 and append.shape[2] > 1:
+        raise ValueError(
+            f"delta_linear: append has strides {append.stride()}; the entries of a row must lie"
+            " side by side. Give rows of a (B, rows, in) buffer."
+        )
+    return torch.ops.ttt_fast.delta_linear(
+        x.contiguous(), weight, a, d, beta, rho, append, backend=chosen
+    )
 
 
 @torch.no_grad()
@@ -552,6 +564,57 @@ def _glu_backend(op: str, tensors: list[tuple[str, Tensor]], activation: str, ba
     axes = tuple(f"n{i}" for i in range(gate.dim()))
     check_factors(op, gate, [(name, tensor, axes, ()) for name, tensor in tensors], {})
     return choose(op, gate.device.type, backend)
+
+
+@torch.no_grad()
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Rotary positions of queries or keys:  y = x ∘ cos + rotate_half(x) ∘ sin.
+
+    Su et al. (2021), with the halves of a head as pairs: for a = x[:R/2] and b = x[R/2:R],
+    y[:R/2] = a ∘ cos₁ − b ∘ sin₁ and y[R/2:R] = b ∘ cos₂ + a ∘ sin₂; columns from R on stay as
+    they are (GPT-NeoX, Phi). The gradient at x is the transpose of this map applied to the one at
+    y, which is the map of −sin if the halves of cos and of sin are equal, as they usually are:
+
+        y[:R/2] = a ∘ cos₁ + b ∘ sin₂,   y[R/2:R] = b ∘ cos₂ − a ∘ sin₁      with ``transposed``
+
+    Arithmetic is in the compute type; products are rounded to the dtype of cos and the sum to that
+    of x, as models' own code does, so that all backends give the same bits.
+
+    Args:
+        x: (B, H, T, D), its rows consecutive; any other strides (else it is copied).
+        cos: (B, T, R), or (1, T, R) for all rows of the batch; R even, at most D; dtype of x or
+            its compute type.
+        sin: likewise, as cos.
+        transposed: apply the transpose.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        y as x, also in the order of memory, as results of torch's own operations.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    angles: tuple[str, ...] = ("B", "T", "R")
+    sizes: dict[str, int] = {}
+    if cos.shape[:1] == (1,):
+        angles, sizes = ("1", "T", "R"), {"1": 1}
+    tensors = [
+        ("x", x, ("B", "H", "T", "D"), ()),
+        ("cos", cos, angles, (x.dtype, compute_dtype(x.dtype))),
+        ("sin", sin, angles, (cos.dtype,)),
+    ]
+    check_factors("rotary", x, tensors, sizes)
+    turned, width = cos.shape[-1], x.shape[-1]
+    if turned % 2 or turned > width:
+        raise ValueError(
+            f"rotary: cos has {turned} columns; they must be even, at most the {width} of x."
+        )
+    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    return torch.ops.ttt_fast.rotary(
+        x, cos, sin, transposed=transposed, backend=choose("rotary", x.device.type, backend)
+    )
 
 
 @torch.no_grad()

@@ -393,8 +393,11 @@ def delta_linear(
     d: Tensor,
     beta: Tensor,
     rho: Tensor | None = None,
+    append: Tensor | None = None,
 ) -> Tensor:
     """See :func:`ttt_fast.ops.delta_linear`."""
+    if append is not None:
+        append.copy_(x)
     batch, tokens, width = x.shape
     wide = compute_dtype(x.dtype)
     if weight is None:
@@ -534,6 +537,24 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, *, activation: str) -> tu
     act, derivative = GLU_ACTIVATIONS[activation](gate.to(wide))
     dgate = dy.to(wide) * up.to(wide) * derivative
     return dgate.to(gate.dtype), (dy.to(wide) * act.to(gate.dtype).to(wide)).to(gate.dtype)
+
+
+# ---------------------------------------------------------------------------- rotary
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> Tensor:
+    """See :func:`ttt_fast.ops.rotary`."""
+    wide, turned = compute_dtype(x.dtype), cos.shape[-1]
+    half = turned // 2
+    c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]
+    if transposed:
+        s = -s.roll(half, -1)
+    parts = x[..., :turned].to(wide)
+    partners = torch.cat((-parts[..., half:], parts[..., :half]), -1)
+    y = torch.empty_like(x)
+    y[..., :turned] = _rounded(parts * c, cos.dtype, True) + _rounded(partners * s, cos.dtype, True)
+    y[..., turned:] = x[..., turned:]
+    return y
 
 
 # ---------------------------------------------------------------------------- copies and undo

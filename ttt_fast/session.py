@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ttt_fast import profiling
 from ttt_fast.batch import Batch, complete_batch, forward_arguments
 from ttt_fast.config import TTTConfig
+from ttt_fast.engines.checkpointing import Checkpointing
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.engines.policy import Choice
@@ -112,6 +113,10 @@ class Session:
         self._check_every = config.check_every or (1 if on_cpu else max(1, config.steps))
         self._arguments = forward_arguments(model)
         self._prefix = FrozenPrefix(model, config.dropout)
+        planned = config.checkpointing is True if choice is None else choice.checkpointing
+        self._checkpointing = (
+            Checkpointing(model, config.dropout, engine.recomputing) if planned else None
+        )
         self._open = True
         hold(model, self)
         try:
@@ -137,7 +142,7 @@ class Session:
 
     def parts(self, batch: Batch) -> list[tuple[tuple[int, ...], Batch]]:
         """What goes through the model together: deltas and their rows, of a complete batch."""
-        return parts_of(batch, self.engine, self.config)
+        return parts_of(batch, self.engine, self.config, self.choice)
 
     @torch.inference_mode(False)
     def step_parts(self, parts: Sequence[tuple[tuple[int, ...], Batch]]) -> StepReport:
@@ -215,6 +220,7 @@ class Session:
             training(self.model, engine, dropout_seed=self._dropout_seed(deltas[0])),
             engine.recording(deltas, rows),
             self._prefix.reused(rows),
+            nullcontext() if self._checkpointing is None else self._checkpointing.around(rows),
         ):
             with self.phases("forward"), held.released():
                 outputs = self.model(**rows.model_inputs(self._arguments))
@@ -295,10 +301,19 @@ class Session:
 
 
 def parts_of(
-    batch: Batch, engine: Engine, config: TTTConfig
+    batch: Batch, engine: Engine, config: TTTConfig, choice: Choice | None = None
 ) -> list[tuple[tuple[int, ...], Batch]]:
-    """The deltas of a complete batch that an engine takes through the model together, with rows."""
-    return batch.runs(config.max_batch_tokens if engine.together else 0)
+    """The deltas of a complete batch that an engine takes through the model together, with rows.
+
+    Args:
+        batch: complete.
+        engine: only the factored one takes several.
+        config: settings.
+        choice: what was planned: how many are trained at once in the memory there is.
+    """
+    if not engine.together:
+        return batch.runs(0)
+    return batch.runs(config.max_batch_tokens, None if choice is None else choice.deltas_at_once)
 
 
 # ---------------------------------------------------------------------------- the model's state

@@ -19,6 +19,8 @@ from ttt_fast.adaptation import Adaptation
 from ttt_fast.batch import Batch, as_prompts, complete_batch, context_length, pad_rows
 from ttt_fast.config import Schedule, TTTConfig
 from ttt_fast.engines import policy
+from ttt_fast.engines.budget import refusal
+from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.objective import Objective, negative_log_likelihood
@@ -71,20 +73,20 @@ class TTTTrainer:
                     " trained. Load the model outside torch.inference_mode()."
                 )
         self._engines: dict[str, DenseEngine | FactoredEngine] = {}
-        self._work: policy.Workload | None = None
+        self._work: Workload | None = None
 
     def begin(self, n_deltas: int = 1, n_tokens: int | None = None) -> Session:
         """Start a session: every delta at zero.
 
         Args:
             n_deltas: D.
-            n_tokens: tokens that a delta sees in a step, for engine="auto" to plan with; default
-                64.
+            n_tokens: tokens that a delta sees in a step, for engine="auto" and the memory budget to
+                plan with; default 64.
 
         Raises:
             RuntimeError: another session or adaptation holds the model.
-            ValueError: the number of deltas does not fit the configuration, or the engine cannot
-                adapt what is selected.
+            ValueError: the number of deltas does not fit the configuration, the engine cannot adapt
+                what is selected, or ``memory_budget`` is too small.
         """
         if n_deltas < 1:
             raise ValueError(f"begin: n_deltas={n_deltas}; it must be at least 1.")
@@ -100,23 +102,44 @@ class TTTTrainer:
             engine: "auto", "factored" or "dense"; default ``config.engine``.
         """
         param = self.selections[0].param
-        if self._work is None:
-            self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
-        work = replace(
-            self._work,
-            deltas=n_deltas,
-            tokens=n_tokens,
-            available_bytes=self.config.memory_budget or policy.free_bytes(param.device),
-        )
+        work = self._workload(n_deltas, n_tokens)
         machine = calibration.machine(param.dtype, param.device)
         engine = engine or self.config.engine
         if engine == "auto" and torch.is_autocast_enabled(param.device.type):
             engine = "dense"  # factors are in the dtype of the weights
         return policy.choose(work, machine, engine)
 
+    def _workload(self, n_deltas: int, n_tokens: int) -> Workload:
+        if self._work is None:
+            self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
+        device = self.selections[0].param.device
+        available = self.config.memory_budget or policy.free_bytes(device)
+        return replace(self._work, deltas=n_deltas, tokens=n_tokens, available_bytes=available)
+
+    def _scoped(self, work: Workload, scope: str) -> Workload | None:
+        """The work with another scope, None if the model has nothing by that name."""
+        config = replace(self.config, scope=scope)
+        try:
+            selections = select_parameters(self.model, scope, config.layers)
+        except ValueError:
+            return None
+        smaller = policy.workload(self.model, selections, config, work.deltas, work.tokens)
+        return replace(smaller, available_bytes=work.available_bytes)
+
+    def _require_budget(self, choice: policy.Choice, n_deltas: int, n_tokens: int) -> None:
+        """Refuse what would not fit the memory that the user has set."""
+        budget = self.config.memory_budget
+        if budget is None:
+            return
+        work = self._workload(n_deltas, n_tokens)
+        reason = refusal(work, choice, budget, partial(self._scoped, work))
+        if reason is not None:
+            raise ValueError(f"adapt: {reason} Nothing has changed.")
+
     def _begin(
         self, choice: policy.Choice, n_deltas: int, n_tokens: int, **options: Any
     ) -> Session:
+        self._require_budget(choice, n_deltas, n_tokens)
         engine = self._engine(choice.engine)
         if engine.together:
             options["capacity"] = n_tokens * self.config.steps
@@ -168,7 +191,8 @@ class TTTTrainer:
 
         Raises:
             DivergedError: a loss was not finite.
-            ValueError: bad input. Nothing has changed, as after every other exception.
+            ValueError: bad input, or ``memory_budget`` is too small; says what would fit. Nothing
+                has changed, as after every other exception.
         """
         batch = self._batch(
             prompt, labels, attention_mask, position_ids, token_weights, row_weights, deltas

@@ -1,11 +1,12 @@
 // y = rho x W' - ((x a') o beta) d, W and a stored by rows, for a batch that shares W.
-// Fused: both products, scaling, accumulation. W is read as it lies; libraries first copy it into
-// another order, which costs more than it saves where rows of x are few.
-// Arithmetic is in float32 (float64 for float64), bfloat16 is rounded once: a small delta is not
-// lost. No sum is longer than kSpan / lanes or kDepth terms; sums of these make the element.
-// Computed, not measured: bytes are those of W, a and d once and of y once or twice; an element of
-// W takes part in as many products as x has rows, so that memory bounds few rows, arithmetic many.
+// Fused: both products, scaling, accumulation, a copy of x. W is read as it lies; libraries first
+// copy it into another order, which costs more than it saves where rows of x are few. Arithmetic is
+// in float32 (float64 for float64), bfloat16 is rounded once: a small delta is not lost. No sum is
+// longer than kSpan / lanes or kDepth terms; sums of these make the element. Computed, not
+// measured: bytes are those of W, a and d once, of y and the copy once or twice; an element of W
+// takes part in as many products as x has rows, so that memory bounds few rows, arithmetic many.
 // Reference: delta_linear in ttt_fast/reference.py.
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
@@ -304,6 +305,16 @@ struct DeltaLinear {
     }
   }
 
+  // A share of the rows of x, [first, last), into the memory that they are kept in.
+  void append(int64_t first, int64_t last) const {
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t to =
+          row / call.tokens * call.append_batch_stride + row % call.tokens * call.append_stride;
+      std::memcpy(static_cast<S*>(call.append) + to, static_cast<const S*>(call.x) + row * call.in,
+                  size_t(call.in) * sizeof(S));
+    }
+  }
+
   void run() const {
     const int64_t blocks = (call.rank + kRows - 1) / kRows;
     const int64_t grain = 1 + kWork / (1 + call.tokens * call.in * kRows);
@@ -314,7 +325,10 @@ struct DeltaLinear {
         i = stop;
       }
     });
-    parallel_ranges((call.out + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    const int64_t parts = std::max<int64_t>(1, (call.out + kColumns - 1) / kColumns);
+    const int64_t tokens = call.batch * call.tokens;
+    parallel_ranges(parts, 1, [&](int64_t first, int64_t last) {
+      if (call.append != nullptr) append(tokens * first / parts, tokens * last / parts);
       // By columns, the whole range at a time: the rows of W are then read as they lie.
       const int64_t step = (call.weight_by_columns ? last - first : 1) * kColumns;
       // A block of its own while it is small: rows of y lie pages apart.

@@ -10,6 +10,7 @@ from tests import (
     test_nll,
     test_rank_update,
     test_rms_norm,
+    test_rotary,
 )
 from tests.gpu.device_cases import (
     DTYPES,
@@ -26,6 +27,7 @@ from tests.update_cases import (
     SLICE_SHAPES,
     adamw_step,
     as_row_slices,
+    assert_same_bits,
     make_case,
     odd_case,
     row_slices,
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.gpu
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TESTED = {
     "sgd_", "adamw_", "grad_norm", "gram_norm", "delta_linear", "rank_update_", "nll_", "copy_",
-    "undo_restore_", "checksum", "rms_norm", "rms_norm_backward", "glu", "glu_backward",
+    "undo_restore_", "checksum", "rms_norm", "rms_norm_backward", "glu", "glu_backward", "rotary",
 }  # fmt: skip
 
 
@@ -296,3 +298,16 @@ def test_gated(device, backend, dtype, activation, shape):
     options = {"activation": activation, "backend": backend}
     results = ops.glu(gate, up, **options), *ops.glu_backward(dy, gate, up, **options)
     test_glu.assert_right([t.cpu() for t in results], *inputs, activation)
+
+
+@backends("rotary")
+@dtypes
+@pytest.mark.parametrize("wide", [False, True], ids=["angles as x", "wide angles"])
+@pytest.mark.parametrize(
+    "shape", [*test_rotary.SHAPES, (2, 40, 300, 128, 128), (1, 8, 4097, 64, 16)], ids=str
+)
+def test_turned(device, backend, dtype, wide, shape):
+    inputs = test_rotary.case(shape, dtype, wide)
+    results = test_rotary.both(*(on(device, t) for t in inputs), backend=backend)
+    expected = test_rotary.both(*inputs, backend="torch")
+    assert_same_bits([t.cpu() for t in results], list(expected), "rotary")

@@ -341,6 +341,23 @@ def test_glu(side):
     check()
 
 
+@sides("cpp", "triton")
+def test_rotary(side):
+    @given(
+        st.sampled_from(DTYPES), seeds, sizes, st.integers(1, 40), sizes, st.integers(0, 33),
+        st.booleans(), st.booleans(),
+    )  # fmt: skip
+    @drawn(16)
+    def check(dtype, seed, tokens, heads, half, rest, wide, transposed):
+        x, angles = factors(dtype, seed, (2, tokens, heads, 2 * half + rest), (4, tokens, 2 * half))
+        cos, sin = angles.to(compute_dtype(dtype) if wide else dtype).chunk(2)
+        inputs, options = (x.transpose(1, 2), cos, sin), {"transposed": transposed}
+        y = side("rotary")(*inputs, **options)
+        assert_same_bits([y], [reference.rotary(*inputs, **options)], "y")
+
+    check()
+
+
 @sides("cpp", "triton", "cuda")
 def test_a_difference_of_one_bit_is_seen(side):
     """The comparison itself: it fails for an update that is off by one bit in one value."""

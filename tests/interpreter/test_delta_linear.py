@@ -85,6 +85,21 @@ def test_views_of_larger_buffers(dtype):
     )
 
 
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_x_is_kept_behind_the_rows_of_a(fenced, dtype, shape):
+    kind, *shape = shape
+    batch, tokens, rank, width, _ = shape
+    x, weight, a, *rest = KINDS[kind](case(*shape, dtype))
+    # The last row of the last delta ends where the memory does.
+    buffer = fenced(torch.full((batch, rank + tokens, width), torch.nan).to(dtype))
+    buffer[:, :rank] = a
+    append = buffer[:, rank:]
+    y = delta_linear_launch(x, weight, buffer[:, :rank], *rest, append)
+    assert torch.equal(append, x) and torch.equal(buffer[:, :rank], a)
+    assert torch.equal(y, delta_linear_launch(x, weight, a, *rest))
+
+
 def test_swapped_factors_give_the_gradient_at_the_input():
     x, weight, a, d, beta, rho = case(2, 6, 10, 8, 5, torch.float64, spare=4)
     dy = torch.randn(2, 6, 5, dtype=torch.float64)
@@ -183,9 +198,10 @@ def watched(monkeypatch, **options):
 
 def launch_at(ranks):
     """As the steps of a prompt do: with more and more rows of the same buffers."""
-    x, weight, a, d, beta, rho = case(2, 20, max(ranks), 48, 64, torch.bfloat16)
+    x, weight, a, d, beta, rho = case(2, 20, max(ranks) + 20, 48, 64, torch.bfloat16)
     for rank in ranks:
-        delta_linear_launch(x, weight, a[:, :rank], d[:, :rank], beta[:, :rank].contiguous(), rho)
+        given = a[:, :rank], d[:, :rank], beta[:, :rank].contiguous(), rho
+        delta_linear_launch(x, weight, *given, a[:, rank : rank + 20])
 
 
 def test_one_kernel_serves_every_rank(monkeypatch):
@@ -213,8 +229,10 @@ def test_the_machine_code_gate_compiles_what_is_launched(monkeypatch):
     for dtype in DTYPES:
         for tokens in rows_of_each_tile(dtype):
             args = case(1, tokens, 20, 48, 64, dtype)
+            append = torch.zeros(1, tokens, 48, dtype=dtype)
             delta_linear_launch(*args)
-            delta_linear_launch(*in_columns(args))
+            delta_linear_launch(*args, append)
+            delta_linear_launch(*in_columns(args), append)
     launched = scores.kernels | products.kernels
     assert [c.name for c in CASES if kernel_of(c) not in launched] == []
     assert kernel_of(CASES[0]._replace(num_stages=9)) not in launched

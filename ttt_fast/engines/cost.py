@@ -8,154 +8,25 @@ D deltas, s(M) the time of a product of M rows with one weight, and for step t o
 
 so many short prompts favour the factored engine, which reads the weights once for all deltas, and a
 high rank t·T favours the dense one.
+
+Memory is of tensors that live at the same time at the end of a forward, when most do; the bytes
+that a step saves for each token are stated once, in :func:`saved_bytes`. What an allocator holds
+beyond that is not among them: glibc keeps freed memory of some sizes, a tenth to a half more,
+unless ``MALLOC_MMAP_THRESHOLD_=65536`` is in the environment.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
+from ttt_fast.engines.machine import Machine
 from ttt_fast.engines.products import Products
 
 # Operations of attention for each pair of positions and channel: 2 products forward, 5 backward
 # (the scores are computed again), 2 operations each.
 _ATTENTION_FLOPS = 14
-# fp32 logits, their gradient in a copy, and the log-softmax of stock torch's loss. Whether the
-# loss is our own, without the last, is not asked: with it, the factored engine's peak on
-# SmolLM2-135M in fp32 (64 tokens, 2 steps) is stated as 284 MB and was 302 MB.
-_LOGITS_BYTES = 12
-
-
-# ---------------------------------------------------------------------------- the machine
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Speeds of one machine in one dtype; measured by :mod:`ttt_fast.calibration`.
-
-    Times of products are for cold weights, a weight being one number of a matrix. Between measured
-    points they follow a power law; beyond the last they grow with the rows.
-
-    Attributes:
-        dtype: of the weights, "float32" or "bfloat16".
-        source: where the numbers come from.
-        copy_gb_s: bytes read and written by a copy.
-        update_gb_s: bytes read and written by the gradient norm and the fused SGD update.
-        rows: numbers of rows M at which products were measured, ascending.
-        product_ns: x Wᵀ and dy W with M rows, their mean, for each weight.
-        weight_gradient_ns: dyᵀ x over M tokens, written to memory, for each weight.
-        gram_ns: x xᵀ of M rows in fp32, for each number of x.
-        ranks: ranks at which delta products were measured, ascending.
-        delta_slowdown: their time over that of a plain product of the same size.
-        module_us: a linear module's share of what a forward and backward does besides products.
-        element_ns: the same for each token and each in + out of a linear.
-        logit_ns: the loss, forward and backward, for each token and entry of the vocabulary.
-        dense_module_us: what the dense engine adds at each adapted module and step.
-        factored_module_us: what the factored engine adds.
-
-    Raises:
-        ValueError: a number is not positive, or the times of a table are not those of a machine: a
-            product with more rows takes longer, but not for each row.
-    """
-
-    dtype: str
-    source: str
-    copy_gb_s: float
-    update_gb_s: float
-    rows: tuple[float, ...]
-    product_ns: tuple[float, ...]
-    weight_gradient_ns: tuple[float, ...]
-    gram_ns: tuple[float, ...]
-    ranks: tuple[float, ...]
-    delta_slowdown: tuple[float, ...]
-    module_us: float
-    element_ns: float
-    logit_ns: float
-    dense_module_us: float
-    factored_module_us: float
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.name in ("dtype", "source"):
-                continue
-            value = getattr(self, f.name)
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(x, int | float) and 0 < x < math.inf for x in numbers):
-                raise ValueError(f"Machine: {f.name}={value!r}; speeds are finite and above 0.")
-        for name in ("product_ns", "weight_gradient_ns", "gram_ns"):
-            table = getattr(self, name)
-            if not is_smooth(self.rows, table):
-                raise ValueError(
-                    f"Machine: {name}={table} at rows={self.rows}; times have to rise with the"
-                    " rows, no faster than they do. Pass measured ones through smooth()."
-                )
-        rising = [r * s for r, s in zip(self.ranks, self.delta_slowdown, strict=False)]
-        if len(self.ranks) != len(self.delta_slowdown) or rising != sorted(rising):
-            raise ValueError(
-                f"Machine: delta_slowdown={self.delta_slowdown} at ranks={self.ranks}; there must"
-                " be one for each, and a higher rank cannot take less time."
-            )
-
-    @property
-    def flop_ns(self) -> float:
-        """Nanoseconds of an operation of the longest product that was measured."""
-        return self.product_ns[-1] / (2 * self.rows[-1])
-
-    def product(self, rows: float) -> float:
-        """Nanoseconds of one weight in a product with ``rows`` rows."""
-        return _interpolate(self.rows, self.product_ns, rows)
-
-    def weight_gradient(self, tokens: float) -> float:
-        """Nanoseconds of one weight's gradient over ``tokens`` tokens."""
-        return _interpolate(self.rows, self.weight_gradient_ns, tokens)
-
-    def gram(self, tokens: float) -> float:
-        """Nanoseconds of one of the numbers of x (tokens, in) in x xᵀ."""
-        return _interpolate(self.rows, self.gram_ns, tokens)
-
-    def delta_product(self, tokens: float, rank: float) -> float:
-        """Nanoseconds of one number of the factors (rank, in) in a product with ``tokens`` rows."""
-        clamped = min(max(rank, self.ranks[0]), self.ranks[-1])
-        return self.product(tokens) * _interpolate(self.ranks, self.delta_slowdown, clamped)
-
-
-def smooth(rows: Sequence[float], times: Sequence[float]) -> tuple[float, ...]:
-    """Make measured times rise with the rows and no faster: what noise and short calls broke.
-
-    The last one is kept, being of the longest calls.
-    """
-    result = list(times)
-    for i in reversed(range(len(result) - 1)):
-        least = result[i + 1] * rows[i] / rows[i + 1]
-        result[i] = min(max(result[i], least), result[i + 1])
-    return tuple(result)
-
-
-def is_smooth(rows: Sequence[float], times: Sequence[float]) -> bool:
-    """Whether ``smooth`` would leave the times as they are, to one part in a million."""
-    return (
-        len(rows) == len(times) > 0
-        and list(rows) == sorted(set(rows))
-        and all(
-            math.isclose(a, b, rel_tol=1e-6)
-            for a, b in zip(times, smooth(rows, times), strict=True)
-        )
-    )
-
-
-def _interpolate(points: Sequence[float], values: Sequence[float], at: float) -> float:
-    """A power law between points, constant before the first, linear in ``at`` after the last."""
-    if at <= points[0]:
-        return values[0]
-    if at >= points[-1]:
-        return values[-1] * at / points[-1]
-    i = bisect_right(points, at)
-    share = math.log(at / points[i - 1]) / math.log(points[i] / points[i - 1])
-    return values[i - 1] * (values[i] / values[i - 1]) ** share
 
 
 # ---------------------------------------------------------------------------- the work
@@ -173,6 +44,11 @@ class Layer:
         differentiated: whether the backward pass crosses it (dx = dy W).
         shares_input: a sibling before it has recorded the same input.
         tied: its weight is another layer's, which counts its bytes.
+        saved: numbers that a step saves for each token where the gradient crosses the layer.
+        statistics: numbers of 4 bytes, likewise.
+        pairs: numbers for each pair of tokens, likewise: attention that is written out.
+        keeps_input: its input is among what is saved, whether it trains or not.
+        inside: of a decoder layer.
         count: how many there are.
     """
 
@@ -183,6 +59,11 @@ class Layer:
     differentiated: bool = True
     shares_input: bool = False
     tied: bool = False
+    saved: int = 0
+    statistics: int = 0
+    pairs: int = 0
+    keeps_input: bool = False
+    inside: bool = False
     count: int = 1
 
 
@@ -202,6 +83,9 @@ class Workload:
         rounding: as in TTTConfig.
         vocabulary: width of the logits.
         attention_width: heads · head_dim, summed over the layers that attend.
+        hidden_width: of the hidden states between decoder layers.
+        blocks: decoder layers that the gradient enters.
+        checkpointing: those are computed again in the backward pass; "auto" where they have to.
         obstacle: why the factored engine cannot do this, None if it can.
         available_bytes: memory above the model, None for no limit.
     """
@@ -217,6 +101,9 @@ class Workload:
     rounding: str = "nearest"
     vocabulary: int = 0
     attention_width: int = 0
+    hidden_width: int = 0
+    blocks: int = 0
+    checkpointing: bool | str = False
     obstacle: str | None = None
     available_bytes: int | None = None
 
@@ -248,6 +135,13 @@ class Workload:
         return sum(x.count * x.out * x.in_ for x in self._linears if x.differentiated)
 
     @property
+    def recomputed_weights(self) -> int:
+        """Weights that a forward multiplies by once more."""
+        if self.checkpointing is not True:
+            return 0
+        return sum(x.count * x.out * x.in_ for x in self._linears if x.inside and x.differentiated)
+
+    @property
     def adapted_parameters(self) -> int:
         """Numbers that train, those of a tied weight once."""
         return sum(x.count * x.adapted_out * x.in_ for x in self.layers if not x.tied)
@@ -266,11 +160,6 @@ class Workload:
     def width(self) -> float:
         """Σ in + out of the linears of a step, which elementwise work grows with."""
         return sum(self._calls(x) * (x.out + x.in_) for x in self._linears)
-
-    @property
-    def saved_width(self) -> int:
-        """Σ in + out of the linears that the gradient crosses."""
-        return sum(x.count * (x.out + x.in_) for x in self._linears if x.differentiated)
 
     @property
     def delta_width(self) -> int:
@@ -321,7 +210,8 @@ def frozen_ms(work: Workload, machine: Machine, rows: int = 1) -> float:
     """
     tokens = rows * work.tokens
     return 1e-6 * (
-        (work.forward_weights + work.backward_weights) * machine.product(tokens)
+        (work.forward_weights + work.backward_weights + work.recomputed_weights)
+        * machine.product(tokens)
         + 1e3 * machine.module_us * work.modules
         + machine.element_ns * tokens * work.width
         + machine.logit_ns * tokens * work.vocabulary
@@ -377,6 +267,56 @@ def factored_ms(work: Workload, machine: Machine, at_once: int | None = None) ->
 # ---------------------------------------------------------------------------- memory
 
 
+def saved_bytes(work: Workload, engine: str) -> int:
+    """Bytes that autograd saves for each token of a forward, the loss not counted.
+
+        Σ over what the gradient crosses      a norm: its input and 1 / rms
+                                              attention: query, key, value, result, log-sum-exp
+                                              a gated MLP: gate and up
+        + Σ over the linears that train       the input, in the dense engine, where neither a
+                                              sibling nor attention has it
+
+    and nothing for frozen linears, nor below the lowest module that trains. In the factored engine
+    inputs are among the factors. For modules of other families see :mod:`ttt_fast.engines.shapes`.
+    """
+    return sum(_saved_bytes(work, layer, engine) for layer in work.layers)
+
+
+def activation_bytes(work: Workload, engine: str) -> int:
+    """Bytes for each token that are there at the peak: all that is saved.
+
+    With checkpointing, the inputs of the layers and what is saved outside of them; and what one of
+    them saves, or the dense engine's factors of gradients that are not formed, which it keeps until
+    the update. By then the logits are gone, so that only what exceeds them counts.
+    """
+    if work.checkpointing is not True or not work.blocks:
+        return saved_bytes(work, engine)
+    inside = sum(_saved_bytes(work, layer, engine) for layer in work.layers if layer.inside)
+    whole = work.blocks * work.hidden_width * work.itemsize + saved_bytes(work, engine) - inside
+    kept = 0
+    if engine == "dense":
+        kept = work.itemsize * sum(
+            x.count * (x.adapted_out + (0 if x.shares_input else x.in_))
+            for x in work.layers
+            if x.inside and x.kind == "linear" and _stays_factors(work, x)
+        )
+    later = max(kept, -(-inside // work.blocks))
+    return whole + max(0, later - work.vocabulary * work.itemsize)
+
+
+def _saved_bytes(work: Workload, layer: Layer, engine: str) -> int:
+    """Of the layers of one shape."""
+    numbers = statistics = pairs = 0
+    if layer.differentiated:
+        numbers, statistics, pairs = layer.saved, layer.statistics, layer.pairs
+    if engine == "dense" and layer.kind == "linear" and layer.adapted_out:
+        kept = layer.shares_input or (layer.keeps_input and layer.differentiated)
+        numbers += 0 if kept else layer.in_
+    return layer.count * (
+        numbers * work.itemsize + 4 * statistics + pairs * work.tokens * work.wide_itemsize
+    )
+
+
 def dense_bytes(work: Workload) -> dict[str, int]:
     """Memory above the model, by use."""
     selected = work.adapted_parameters * work.itemsize
@@ -393,7 +333,7 @@ def dense_bytes(work: Workload) -> dict[str, int]:
         "delta": work.deltas * wide if work.accumulate_delta else 0,
         # The weights hold one delta; the others wait in copies.
         "weights": work.deltas * selected if work.deltas > 1 else 0,
-        **_forward_bytes(work, 1),
+        **_forward_bytes(work, 1, "dense"),
     }
 
 
@@ -415,18 +355,21 @@ def factored_bytes(work: Workload, at_once: int | None = None) -> dict[str, int]
     vectors = 4 * work.vector_parameters
     return {
         "factors": work.deltas * work.steps * (work.tokens * per_token + vectors),
-        **_forward_bytes(work, at_once or work.deltas),
+        **_forward_bytes(work, at_once or work.deltas, "factored"),
     }
 
 
-def _forward_bytes(work: Workload, rows: int) -> dict[str, int]:
+def _forward_bytes(work: Workload, rows: int, engine: str) -> dict[str, int]:
     """What ``rows`` times ``work.tokens`` tokens keep until their backward pass."""
     tokens = rows * work.tokens
+    # The logits, and their gradient in a copy; stock torch's loss has a log-softmax in fp32 at
+    # least, and a cast of 16-bit logits.
+    logits = 2 * work.itemsize
+    if work.rounding == "torch":
+        logits = work.itemsize + work.wide_itemsize * (1 if work.itemsize >= 4 else 2)
     return {
-        # Autograd keeps about as many numbers a token as the linears have inputs and outputs;
-        # SmolLM2-135M: 1.01 times as many, the loss not counted.
-        "activations": tokens * work.saved_width * work.itemsize,
-        "logits": tokens * work.vocabulary * _LOGITS_BYTES,
+        "activations": tokens * activation_bytes(work, engine),
+        "logits": tokens * work.vocabulary * logits,
     }
 
 
@@ -439,7 +382,7 @@ def deltas_at_once(work: Workload) -> int:
     if work.available_bytes is None:
         return work.deltas
     kept = factored_bytes(work, 1)["factors"]
-    each = sum(_forward_bytes(work, 1).values())
+    each = sum(_forward_bytes(work, 1, "factored").values())
     if each == 0:
         return work.deltas if kept <= work.available_bytes else 0
     return max(0, min(work.deltas, (work.available_bytes - kept) // each))

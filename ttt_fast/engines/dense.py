@@ -9,7 +9,7 @@ with several, the others wait in copies and are swapped in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -185,6 +185,10 @@ class DenseEngine:
         self.make_resident(deltas[0])
         with self.gradients.recording(), standing_in(self._pieces):
             yield
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Around what is computed again in a backward: what it saves is saved as it was."""
+        return nullcontext()
 
     def finish_step(self, found_inf: Tensor) -> None:
         """Nothing is left to do: the weights have changed."""

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ttt_fast import profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
-from ttt_fast.engines.factors import Inputs, MatrixFactors, Rows, Track, VectorFactors
+from ttt_fast.engines.factors import Inputs, MatrixFactors, Padding, Rows, Track, VectorFactors
 from ttt_fast.engines.groups import group_config, group_of_each
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.pieces import pieces_of, standing_in
@@ -194,8 +194,8 @@ class FactoredEngine:
         span = slice(deltas[0], deltas[-1] + 1)
         n = len(deltas)
         N, T = rows.input_ids.shape
-        mask = (rows.attention_mask != 0).reshape(n, -1, 1) if rows.padded else None
-        self.desk.layout = Layout(span, n_rows=N, step=self.steps, n_tokens=N * T // n, mask=mask)
+        padding = Padding((rows.attention_mask != 0).reshape(n, -1)) if rows.padded else None
+        self.desk.layout = Layout(span, N, self.steps, n_tokens=N * T // n, padding=padding)
         try:
             yield
         finally:
@@ -205,6 +205,15 @@ class FactoredEngine:
                 factors.open_forward()
             self.desk.newest = None
             self.desk.layout = shown
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Around what is computed again in a backward: its inputs have been recorded."""
+        self.desk.recomputing = True
+        try:
+            yield
+        finally:
+            self.desk.recomputing = False
 
     @torch.no_grad()
     def update(self, deltas: Sequence[int], found_inf: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ rows.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -123,33 +124,25 @@ class RowBuffer:
         pieces = zip(range(deltas.start, deltas.stop), start, strict=True)
         return torch.stack([self._data[d, s : s + count] for d, s in pieces])
 
-    def write(
-        self,
-        deltas: slice,
-        start: Start,
-        rows: Tensor,
-        mask: Tensor | None = None,
-        add: bool = False,
-    ) -> None:
-        """Write rows (n, count, width), or add them to what is there.
-
-        Those where mask (n, count, 1) is false become 0: whatever a masked row holds, NaN included,
-        does not get in.
-        """
-        count = rows.shape[1]
+    def room(self, deltas: slice, start: Start, count: int) -> Tensor | None:
+        """Make room for rows; return their place, (n, count, width), where that is one view."""
         self._reserve(deltas, start, count)
-        starts = [start] * rows.shape[0] if isinstance(start, int) else start
-        if isinstance(start, int):
-            targets = [(self._data[deltas, start : start + count], rows, mask)]
+        return self._data[deltas, start : start + count] if isinstance(start, int) else None
+
+    def write(self, deltas: slice, start: Start, rows: Tensor, add: bool = False) -> None:
+        """Write rows (n, count, width), or add them to what is there."""
+        count = rows.shape[1]
+        place = self.room(deltas, start, count)
+        if place is not None:
+            pairs = [(place, rows)]
         else:
-            targets = [
-                (self._data[deltas.start + i, s : s + count], rows[i], _row(mask, i))
-                for i, s in enumerate(starts)
+            places = [
+                self._data[d, s : s + count]
+                for d, s in zip(range(deltas.start, deltas.stop), start, strict=True)
             ]
-        for target, source, kept in targets:
+            pairs = zip(places, rows, strict=True)
+        for target, source in pairs:
             target.add_(source) if add else target.copy_(source)
-            if kept is not None:
-                target.masked_fill_(~kept, 0)
 
     def zero(self, deltas: slice, start: Start, count: int) -> None:
         """Write rows of zeros."""
@@ -167,7 +160,8 @@ class RowBuffer:
 
     def first(self, deltas: slice, count: int) -> Tensor:
         """The first ``count`` rows of some deltas, a view (n, count, width)."""
-        return self._data[deltas, :count]
+        everyone = deltas.stop - deltas.start == self._data.shape[0]
+        return (self._data if everyone else self._data[deltas]).narrow(1, 0, count)
 
     def _reserve(self, deltas: slice, start: Start, count: int) -> None:
         """Make room, and see to it that no delta has rows that nobody wrote."""
@@ -186,6 +180,34 @@ class RowBuffer:
             self._filled = end
 
 
+class Padding:
+    """Which vectors of a batch are padding: whatever they hold, NaN included, is not to get in.
+
+    Args:
+        tokens: (n, M) bool, false at padding.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._padding = ~tokens
+        # A few rows by their numbers take a thirtieth of the time of a mask over all. Elsewhere
+        # than on a CPU the host would have to wait for the numbers.
+        numbered = tokens.device.type == "cpu"
+        self._where = self._padding.nonzero(as_tuple=True) if numbered else None
+
+    def blank_(self, rows: Tensor) -> None:
+        """Make the vectors (n, M, width) zero that are padding."""
+        if self._where is None:
+            rows.masked_fill_(self._padding[:, :, None], 0)
+        else:
+            rows.index_put_(self._where, rows.new_zeros(()))
+
+    def blanked(self, rows: Tensor) -> Tensor:
+        """A copy with zeros there."""
+        rows = rows.clone()
+        self.blank_(rows)
+        return rows
+
+
 class Inputs:
     """X of one weight, or of several that are given the same tensor (q, k and v; gate and up).
 
@@ -199,7 +221,8 @@ class Inputs:
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.buffer = RowBuffer(width, dtype, device)
         self.calls: list[tuple[Start, int]] = []
-        self._last: tuple[Tensor, int, Start] | None = None
+        # Weakly: its rows are in the buffer, and nobody else may need it until the backward pass.
+        self._last: tuple[weakref.ref[Tensor], int, Start] | None = None
 
     def begin(self, root: Rows, capacity: int) -> None:
         """Start a session without rows."""
@@ -208,7 +231,7 @@ class Inputs:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the tensors of the forward that is over."""
+        """Be ready for another forward."""
         self._last = None
         self.calls = []
 
@@ -219,19 +242,27 @@ class Inputs:
 
     def is_last(self, x: Tensor) -> bool:
         """Whether x is the very tensor that was recorded last, unchanged."""
-        return self._last is not None and self._last[0] is x and self._last[1] == x._version
+        last = self._last
+        return last is not None and last[0]() is x and last[1] == x._version
 
     def record(
-        self, x: Tensor, rows: Tensor, deltas: slice, step: int, mask: Tensor | None
-    ) -> Start:
-        """Write the rows (n, M, in) of tensor x unless another weight did; return their start."""
-        if not self.is_last(x):
-            start, count = self.pending.start(deltas), rows.shape[1]
-            self.buffer.write(deltas, start, rows, mask)
-            self.pending = self.pending.append(step, deltas, count)
-            self.calls.append((start, count))
-            self._last = (x, x._version, start)
-        return self._last[2]
+        self, x: Tensor, rows: Tensor, deltas: slice, step: int, padding: Padding | None
+    ) -> tuple[Start, Tensor | None]:
+        """Give the rows (n, M, in) of tensor x a place, unless another weight did.
+
+        Returns:
+            their start, and where the caller has to write them; None where they are there already.
+        """
+        if self.is_last(x):
+            return self._last[2], None
+        start, count = self.pending.start(deltas), rows.shape[1]
+        place = self.buffer.room(deltas, start, count)
+        if place is None:
+            self.buffer.write(deltas, start, rows if padding is None else padding.blanked(rows))
+        self.pending = self.pending.append(step, deltas, count)
+        self.calls.append((start, count))
+        self._last = (weakref.ref(x), x._version, start)
+        return start, place
 
 
 class Lookups:
@@ -276,7 +307,7 @@ class MatrixFactors:
 
     Attributes:
         selection: the parameter.
-        weight: its values as (out, in), whichever way it is stored.
+        weight: its values as (out, in), whichever way it is stored; ``weight_t`` as (in, out).
         inputs: X; None before the first linear use.
         dy: dY of the selected outputs; its rows are those of ``inputs``.
         lookups: its use as an embedding, None if it has none.
@@ -290,6 +321,7 @@ class MatrixFactors:
         self._transposed = transposed
         stored, rows = selection.param.detach(), selection.rows
         self.weight = stored.t() if transposed else stored
+        self.weight_t = self.weight.t()
         # Without the checks of the public op: it runs for every weight of every step.
         self._gram_norm = ops.implementation("gram_norm", stored.device.type, backend)
         n_out, n_in = self.weight.shape
@@ -315,6 +347,7 @@ class MatrixFactors:
         self.track = track
         stored = self.selection.param.detach()
         self.weight = stored.t() if self._transposed else stored
+        self.weight_t = self.weight.t()
         self.open_forward()
 
     def select(self, y: Tensor) -> Tensor:
@@ -328,6 +361,18 @@ class MatrixFactors:
         self._arrived = set()
         if self.lookups is not None:
             self.lookups.open_calls, self.lookups.arrived = {}, False
+
+    def room_for_dy(self, deltas: slice, start: Start, count: int) -> Tensor | None:
+        """Where the caller has to write dY (n, M, out) of a linear use, that is, a place for it.
+
+        None where it takes more than that: :meth:`record_dy`.
+        """
+        if self.selection.rows is not None or start in self._arrived:
+            return None
+        place = self.dy.room(deltas, start, count)
+        if place is not None:
+            self._arrived.add(start)
+        return place
 
     def record_dy(self, deltas: slice, start: Start, dy: Tensor) -> None:
         """Write dY (n, M, out) of a linear use, already 0 at padding; keep the selected columns."""
@@ -497,7 +542,3 @@ def _select(tensor: Tensor, rows: RowSlice | None) -> Tensor:
 def _new_rows(rows: Rows, pending: Rows, deltas: slice) -> tuple[Start, int]:
     """Start and number of the rows that the step in progress has added for some deltas."""
     return rows.start(deltas), pending.lengths[deltas.start] - rows.lengths[deltas.start]
-
-
-def _row(mask: Tensor | None, i: int) -> Tensor | None:
-    return None if mask is None else mask[i]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,10 +36,10 @@ class NormSite:
         """The module's forward with the deltas of the layout; in the dtype of x."""
         layout, module = self.desk.layout, self.module
         rows = layout.split(x, self.name)
-        mask = layout.mask_for(rows.shape[1]) if layout.recording else None
-        if mask is not None:
+        padding = layout.padding_among(rows.shape[1]) if layout.recording else None
+        if padding is not None:
             # The gradient of a norm's weight sums over tokens: padding must not be among them.
-            rows = torch.where(mask, rows, 0)
+            rows = padding.blanked(rows)
         values = {name: effective_vector(v, layout) for name, v in self.vectors.items()}
         known = self._norm is not None and x.dtype == module.weight.dtype
         if known and not self.desk.is_differentiated(x):

@@ -1,4 +1,4 @@
-"""Pieces of a model's own modules that one op computes: norms and gated units of known classes.
+"""Pieces of a model's own modules that one op computes: norms, gated units, rotary positions.
 
 The user's modules stay in the model; while an engine holds it, the ``forward`` of those listed here
 is one of the functions below, which do what the model's own code does, rounding included. A module
@@ -8,8 +8,11 @@ nothing faster than torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ttt_fast import ops, reference
+from ttt_fast.op_checks import DTYPES
 from ttt_fast.reference import compute_dtype
 
 # Classes of transformers: y = w ∘ round(x / rms), round(w ∘ x / rms) and round((1 + w) ∘ x / rms),
@@ -35,6 +39,18 @@ GATED_MLPS = frozenset({
     "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP",
 })  # fmt: skip
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
+# Their forward calls this function of their own file: x ∘ cos + rotate_half(x) ∘ sin of queries and
+# keys; of the first columns, as many as there are angles; and with angles in float32.
+_ROTARY = "apply_rotary_pos_emb"
+_TURN_WHOLE = frozenset({
+    "Gemma2Attention", "Gemma3Attention", "GemmaAttention", "GraniteAttention", "LlamaAttention",
+    "MistralAttention", "MixtralAttention", "PhiAttention", "Qwen2Attention", "Qwen2MoeAttention",
+    "Qwen3Attention", "Qwen3MoeAttention", "SmolLM3Attention", "StableLmAttention",
+    "Starcoder2Attention",
+})  # fmt: skip
+_TURN_PART = frozenset({"GPTNeoXAttention", "Phi3Attention"})
+_TURN_WIDE = frozenset({"Olmo2Attention", "Olmo3Attention", "OlmoAttention"})
+ATTENTIONS = _TURN_WHOLE | _TURN_PART | _TURN_WIDE
 
 
 class RmsNorm(NamedTuple):
@@ -63,6 +79,35 @@ class Glu(NamedTuple):
         return _Glu.apply(gate, up, self)
 
 
+class Rotary(NamedTuple):
+    """How an attention turns its queries and keys, and the op that does."""
+
+    part: bool  # may columns be left as they are?
+    wide: bool  # angles are in the compute type, or made so
+    own: Callable[..., tuple[Tensor, Tensor]]  # the function of the model's own code
+    op: Callable[..., Tensor]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys (B, H, T, D) by angles (B or 1, T, R), as :attr:`own` does."""
+        asked = more or options
+        if asked or not (self._takes(q, cos, sin) and self._takes(k, cos, sin)):
+            return self.own(q, k, cos, sin, *more, **options)
+        if self.wide:
+            cos, sin = (t.to(compute_dtype(q.dtype)) for t in (cos, sin))
+        return _Rotary.apply(q, k, cos, sin, self.op)
+
+    def _takes(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        if x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.dtype != sin.dtype:
+            return False
+        rows, tokens, turned = cos.shape
+        fits = rows in (1, x.shape[0]) and tokens == x.shape[2] and turned % 2 == 0
+        whole = turned == x.shape[3] or (self.part and turned < x.shape[3])
+        usual = x.dtype in DTYPES and cos.dtype == (torch.float32 if self.wide else x.dtype)
+        return fits and whole and usual and not (cos.requires_grad or sin.requires_grad)
+
+
 def _is_of(module: nn.Module, names: frozenset[str]) -> bool:
     kind = type(module)
     return kind.__name__ in names and kind.__module__.startswith("transformers.models.")
@@ -74,7 +119,7 @@ def rms_norm_of(module: nn.Module, backend: str) -> RmsNorm | None:
         return None
     if module.weight.dtype == torch.float64:
         return None  # some of them compute in float32 even then
-    found = _fused("rms_norm", module, backend)
+    found = _fused(module, backend, "rms_norm", "rms_norm_backward")
     if found is None:
         return None
     eps = getattr(module, "variance_epsilon", None)
@@ -91,22 +136,35 @@ def glu_of(module: nn.Module, backend: str) -> Glu | None:
     if not _is_of(module, GATED_MLPS):
         return None
     activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
-    found = _fused("glu", module, backend)
+    found = _fused(module, backend, "glu", "glu_backward")
     return None if activation is None or found is None else Glu(activation, *found)
 
 
-def _fused(
-    name: str, module: nn.Module, backend: str
-) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """The op and its backward where there is more than plain torch, which modules have already."""
+def rotary_of(module: nn.Module, backend: str) -> Rotary | None:
+    """The arithmetic of an attention's positions, None where it is not known.
+
+    All of it must be as its file has it: the forward of the class, the function that the forward
+    calls, and what that calls. Who replaced or wrapped one of them has it run.
+    """
+    if not _is_of(module, ATTENTIONS):
+        return None
+    kind = type(module)
+    file = vars(sys.modules[kind.__module__])
+    functions = (vars(kind).get("forward"), file.get(_ROTARY), file.get("rotate_half"))
+    found = _fused(module, backend, "rotary")
+    if found is None or any(getattr(f, "__globals__", None) is not file for f in functions):
+        return None
+    name = kind.__name__
+    return Rotary(name in _TURN_PART, name in _TURN_WIDE, functions[1], *found)
+
+
+def _fused(module: nn.Module, backend: str, *names: str) -> list[Callable[..., Any]] | None:
+    """The ops of these names where there is more than plain torch, which modules have already."""
     device = next(module.parameters()).device.type
-    both = []
-    for op in (name, f"{name}_backward"):
-        run = ops.implementation(op, device, backend)
-        if run is getattr(reference, op):
-            return None
-        both.append(run)
-    return both[0], both[1]
+    device = "cpu" if device == "meta" else device  # only shapes are asked for
+    found = [ops.implementation(name, device, backend) for name in names]
+    plain = any(run is getattr(reference, name) for name, run in zip(names, found, strict=True))
+    return None if plain else found
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -141,6 +199,36 @@ class _Glu(torch.autograd.Function):
         return dgate, dup, None
 
 
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, op: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.op = op
+        ctx.set_materialize_grads(False)
+        cos, sin = _with_rows(cos), _with_rows(sin)
+        turned = [op(_with_rows(x), cos, sin, transposed=False) for x in (q, k)]
+        # One function for both is less to pay for each layer, but only what needs it gets one.
+        needed = zip(turned, ctx.needs_input_grad, strict=False)
+        ctx.mark_non_differentiable(*(y for y, needs_grad in needed if not needs_grad))
+        return turned[0], turned[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        cos, sin = (_with_rows(t) for t in ctx.saved_tensors)
+        back = [
+            None if dy is None else ctx.op(_with_rows(dy), cos, sin, transposed=True)
+            for dy in (dq, dk)
+        ]
+        return *back, None, None, None
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class _Piece:
     """Stands in for the ``forward`` of a module.
 
@@ -155,7 +243,7 @@ class _Piece:
         self,
         name: str,
         module: nn.Module,
-        arithmetic: RmsNorm | Glu,
+        arithmetic: RmsNorm | Glu | Rotary,
         own_code: Callable[[Tensor], bool],
     ) -> None:
         self.name, self.module = name, module
@@ -186,9 +274,50 @@ class GluPiece(_Piece):
         return module.down_proj(self._arithmetic(gate.contiguous(), up.contiguous()))
 
 
+class RotaryPiece(_Piece):
+    """An attention whose queries and keys are turned by one op; the rest is its own code.
+
+    Its forward is that of its class with globals of its own: those of the class's file, but for the
+    function that turns, as they are when the piece is made. So neither the file nor the class is
+    changed, nor any other model's module.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        arithmetic: Rotary,
+        own_code: Callable[[Tensor], bool],
+    ) -> None:
+        super().__init__(name, module, arithmetic, own_code)
+        own = type(module).forward
+        # Nothing that refers to this piece: it would be a cycle, and keep what own_code belongs to.
+        shared = own.__globals__ | {_ROTARY: partial(_turned, arithmetic, own_code)}
+        forward = FunctionType(
+            own.__code__, shared, own.__name__, own.__defaults__, own.__closure__
+        )
+        forward.__kwdefaults__ = own.__kwdefaults__
+        self.forward = MethodType(forward, module)
+
+
+def _turned(
+    rotary: Rotary,
+    own_code: Callable[[Tensor], bool],
+    q: Tensor,
+    k: Tensor,
+    *more: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    turn = rotary.own if own_code(q) or own_code(k) else rotary
+    return turn(q, k, *more, **options)
+
+
+Piece = NormPiece | GluPiece | RotaryPiece
+
+
 def pieces_of(
     model: nn.Module, backend: str, own_code: Callable[[Tensor], bool]
-) -> Iterator[NormPiece | GluPiece]:
+) -> Iterator[Piece]:
     """What stands in for modules of a model.
 
     Args:
@@ -197,15 +326,16 @@ def pieces_of(
         own_code: whether to leave an input to the modules' own code.
     """
     for name, module in model.named_modules():
-        norm, glu = rms_norm_of(module, backend), glu_of(module, backend)
-        if norm is not None:
-            yield NormPiece(name, module, norm, own_code)
-        elif glu is not None:
-            yield GluPiece(name, module, glu, own_code)
+        for known, piece in (
+            (rms_norm_of, NormPiece), (glu_of, GluPiece), (rotary_of, RotaryPiece),
+        ):  # fmt: skip
+            arithmetic = known(module, backend)
+            if arithmetic is not None:
+                yield piece(name, module, arithmetic, own_code)
 
 
 @contextmanager
-def standing_in(pieces: Iterable[NormPiece | GluPiece]) -> Iterator[None]:
+def standing_in(pieces: Iterable[Piece]) -> Iterator[None]:
     """Let pieces stand in for their modules, but where somebody's own forward does already."""
     taken = []
     try:

@@ -7,19 +7,15 @@ device will do), :func:`choose` compares what the engines cost (:mod:`ttt_fast.e
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.cost import (
-    Layer,
-    Machine,
     Workload,
     deltas_at_once,
     dense_bytes,
@@ -28,16 +24,11 @@ from ttt_fast.engines.cost import (
     factored_ms,
 )
 from ttt_fast.engines.factored import unsupported
+from ttt_fast.engines.machine import Machine
+from ttt_fast.engines.shapes import attention_width, crossed_blocks, hidden_width, layers_of
 from ttt_fast.scope import Selection
 
 ENGINES = ("auto", "factored", "dense")
-
-# Siblings that read the same tensor, so that the factored engine records it once.
-_SAME_INPUT = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"gate_proj", "up_proj"}),
-    frozenset({"w1", "w3"}),
-)
 
 
 # ---------------------------------------------------------------------------- the work
@@ -65,8 +56,10 @@ def workload(
     dtypes = [str(s.param.dtype).removeprefix("torch.") for s in selections]
     groups = [config, *(config.for_group(group) for group in config.param_groups)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # As for the engines: of a compiled model, and where torch's bits are wanted, the own code runs.
+    stock = config.rounding == "torch" or hasattr(model, "_orig_mod")
     return Workload(
-        layers=_layers(model, rows),
+        layers=layers_of(model, rows, config.backend, stock),
         tokens=n_tokens,
         steps=config.steps,
         deltas=n_deltas,
@@ -76,7 +69,10 @@ def workload(
         accumulate_delta=config.accumulate == "delta",
         rounding=config.rounding,
         vocabulary=head.weight.shape[0] if hasattr(head, "weight") else 0,
-        attention_width=_attention_width(model),
+        attention_width=attention_width(model),
+        hidden_width=hidden_width(model),
+        blocks=0 if hasattr(model, "_orig_mod") else crossed_blocks(model, rows),
+        checkpointing=config.checkpointing,
         obstacle=obstacle(model, selections, config),
         available_bytes=available_bytes,
     )
@@ -98,57 +94,6 @@ def obstacle(model: nn.Module, selections: Sequence[Selection], config: TTTConfi
         return "snapshot='undo' logs weights that are written"
     reasons = unsupported(model, selections)
     return reasons[0] if reasons else None
-
-
-def _layers(model: nn.Module, selected: dict[int, Selection]) -> tuple[Layer, ...]:
-    """All modules with weights, those of one shape in one entry.
-
-    What is registered after the first adapted module is crossed by the gradient: in the known
-    families modules are registered in the order in which they run, but for norms.
-    """
-    layers: Counter[Layer] = Counter()
-    seen: set[int] = set()
-    recorded: set[tuple[str, frozenset[str]]] = set()
-    started = False
-    for name, module in model.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        for param in module.parameters(recurse=False):
-            selection = selected.get(id(param))
-            numel = 0 if selection is None else selection.view().numel()
-            layer = _layer(module, param, numel, started)
-            siblings = next((s for s in _SAME_INPUT if leaf in s), None)
-            if layer.kind == "linear" and layer.adapted_out and siblings is not None:
-                layer = replace(layer, shares_input=(parent, siblings) in recorded)
-                recorded.add((parent, siblings))
-            layers[replace(layer, tied=id(param) in seen)] += 1
-            seen.add(id(param))
-            started = started or selection is not None
-    return tuple(replace(layer, count=count) for layer, count in layers.items())
-
-
-def _layer(module: nn.Module, param: nn.Parameter, selected: int, started: bool) -> Layer:
-    """One parameter as a layer; ``selected`` of its numbers train."""
-    if param.ndim < 2:
-        return Layer(param.numel(), 1, "vector", selected)
-    if isinstance(module, nn.Embedding):
-        n_rows, width = param.shape
-        return Layer(width, n_rows, "embedding", selected // n_rows)
-    # Experts of three dimensions are read whole: a prompt's tokens reach nearly all of them.
-    transposed = type(module).forward is Conv1D.forward
-    width = param.shape[0] if transposed else param.shape[-1]
-    return Layer(param.numel() // width, width, "linear", selected // width, started)
-
-
-def _attention_width(model: nn.Module) -> int:
-    """Return heads · head_dim of all layers, 0 where the configuration does not say."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", 0)
-    hidden = getattr(config, "hidden_size", 0)
-    if not (isinstance(heads, int) and isinstance(hidden, int) and heads and hidden):
-        return 0
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    return heads * head_dim * getattr(config, "num_hidden_layers", 0)
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -180,6 +125,7 @@ class Choice:
             deltas, with their shares of snapshot and restore; engines that can do it.
         predicted_bytes: engine -> peak memory above the model, likewise.
         deltas_at_once: deltas that the factored engine can train side by side in the memory.
+        checkpointing: decoder layers are computed again in the backward pass.
     """
 
     engine: str
@@ -187,10 +133,17 @@ class Choice:
     predicted_ms: dict[str, float]
     predicted_bytes: dict[str, int]
     deltas_at_once: int = 1
+    checkpointing: bool = False
+
+    def fits(self, limit: int | None) -> bool:
+        """Whether the engine is predicted to need no more bytes above the model than a limit."""
+        return limit is None or self.predicted_bytes[self.engine] <= limit
 
 
 def choose(work: Workload, machine: Machine, engine: str = "auto") -> Choice:
     """Choose the engine that is predicted to be faster among those that fit into the memory.
+
+    Where none fits and ``work.checkpointing`` is "auto", layers are computed again if that helps.
 
     Args:
         work: what is to be done.
@@ -206,6 +159,18 @@ def choose(work: Workload, machine: Machine, engine: str = "auto") -> Choice:
         raise ValueError(
             f"engine='factored': {work.obstacle}. Use engine='dense', or 'auto', which chooses it."
         )
+    if work.checkpointing != "auto":
+        return _choose(work, machine, engine)
+    whole = _choose(replace(work, checkpointing=False), machine, engine)
+    if whole.fits(work.available_bytes) or not work.blocks:
+        return whole
+    again = _choose(replace(work, checkpointing=True), machine, engine)
+    smaller = again.predicted_bytes[again.engine] < whole.predicted_bytes[whole.engine]
+    return again if smaller else whole
+
+
+def _choose(work: Workload, machine: Machine, engine: str) -> Choice:
+    """:func:`choose` with checkpointing or without."""
     at_once = max(1, deltas_at_once(work))
     ms = {"dense": dense_ms(work, machine)}
     sizes = {"dense": sum(dense_bytes(work).values())}
@@ -216,7 +181,10 @@ def choose(work: Workload, machine: Machine, engine: str = "auto") -> Choice:
         chosen, reason = _decide(work, ms, sizes)
     else:
         chosen, reason = engine, f"{engine}: asked for ({_milliseconds(ms[engine])} predicted)"
-    return Choice(chosen, reason, ms, sizes, at_once)
+    again = work.checkpointing is True
+    if again:
+        reason += "; layers are computed again in the backward pass"
+    return Choice(chosen, reason, ms, sizes, at_once, again)
 
 
 def _decide(work: Workload, ms: dict[str, float], sizes: dict[str, int]) -> tuple[str, str]:

@@ -282,5 +282,5 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     nothing = x.new_empty(1, 0, x.shape[-1]), x.new_empty(1, 0, len(weight)), x.new_empty(1, 0)
     plain = ops.implementation("delta_linear", "cpu")
-    y = plain(x.reshape(1, rows, x.shape[-1]).contiguous(), weight, *nothing, None)
+    y = plain(x.reshape(1, rows, x.shape[-1]).contiguous(), weight, *nothing, None, None)
     return y.view(*x.shape[:-1], len(weight))

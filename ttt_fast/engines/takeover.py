@@ -27,6 +27,7 @@ from ttt_fast import ops, reference
 from ttt_fast.engines.factors import (
     Inputs,
     MatrixFactors,
+    Padding,
     Rows,
     Track,
     VectorFactors,
@@ -48,14 +49,14 @@ class Layout:
         n_rows: rows N of the batch, a multiple of their number.
         step: number of the step that is recorded; None in a forward that is not.
         n_tokens: M, tokens of each delta in a recorded forward, padding included.
-        mask: (n, M, 1) bool, false at padding; None where there is none.
+        padding: where there is any.
     """
 
     deltas: slice
     n_rows: int
     step: int | None = None
     n_tokens: int = 0
-    mask: Tensor | None = None
+    padding: Padding | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -81,13 +82,13 @@ class Layout:
             )
         return x.reshape(self.n, -1, x.shape[-1]).contiguous()
 
-    def mask_for(self, count: int) -> Tensor | None:
-        """The mask for ``count`` vectors of each delta, None where they are not one a token.
+    def padding_among(self, count: int) -> Padding | None:
+        """The padding among ``count`` vectors of each delta, None where they are not one a token.
 
         Heads come before or after the tokens, as a model likes; their padding gets no gradient
         from attention anyway.
         """
-        return self.mask if count == self.n_tokens else None
+        return self.padding if count == self.n_tokens else None
 
     def rho(self, track: Track, dtype: torch.dtype) -> Tensor | None:
         """Coefficient of W₀, (n,); None where it is 1 by definition."""
@@ -121,6 +122,7 @@ class Desk:
         anchor: an input of every recorded product, so that autograd comes by even where nothing in
             front of it needs a gradient.
         newest: the X that was recorded last; a module that is given the same tensor joins it.
+        recomputing: a part of a recorded forward is computed once more; it is not recorded again.
         new_inputs: makes room for an X like the tensor it is given.
         wide: the compute type; coefficients are in it.
         delta_linear: the op of that name.
@@ -144,6 +146,7 @@ class Desk:
         self.layout: Layout | None = None
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.newest: Inputs | None = None
+        self.recomputing = False
         self.new_inputs = new_inputs
 
     def is_differentiated(self, x: Tensor) -> bool:
@@ -161,15 +164,23 @@ def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., T
         return delta_linear
 
     def run(
-        x: Tensor, weight: Tensor, a: Tensor, d: Tensor, beta: Tensor, rho: Tensor | None
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        d: Tensor,
+        beta: Tensor,
+        rho: Tensor | None,
+        append: Tensor | None,
     ) -> Tensor:
         tokens = x.shape[0] * x.shape[1]
         if rho is not None or tokens < _MANY_TOKENS:
-            return delta_linear(x, weight, a, d, beta, rho)
+            return delta_linear(x, weight, a, d, beta, rho, append)
         rows = x.view(tokens, -1)
         if beta.shape[1] == 0:
+            if append is not None:
+                append.copy_(x)
             return F.linear(rows, weight).view(*x.shape[:2], -1)
-        delta = delta_linear(x, None, a, d, beta, None)
+        delta = delta_linear(x, None, a, d, beta, None, append)
         y = product.binary(rows, delta.view(tokens, -1), weight, None, "add")
         return y.view(delta.shape)
 
@@ -215,16 +226,27 @@ class LinearSite:
         y = self.product(layout.split(x, self.name), bias, layout)
         return y.view(*x.shape[:-1], -1)
 
-    def product(self, x: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-        """The formula for x (n, M, in); ``bias`` is (n, out), or None for the module's own."""
+    def product(
+        self, x: Tensor, bias: Tensor | None, layout: Layout, append: Tensor | None = None
+    ) -> Tensor:
+        """The formula for x (n, M, in).
+
+        Args:
+            x: the input.
+            bias: (n, out), or None for the module's own.
+            layout: of the forward.
+            append: where x is to be written.
+        """
         matrix = self.matrix
         rho = layout.rho(matrix.track, self.desk.wide)
         X, dY, beta = self._earlier(x, layout)
         if matrix.selection.rows is None:
             differentiated = self.desk.is_differentiated(x)
             op = reference.delta_linear if differentiated else self.desk.delta_linear
-            y = op(x, matrix.weight, X, dY, beta, rho)
+            y = op(x, matrix.weight, X, dY, beta, rho, append)
         else:
+            if append is not None:
+                append.copy_(x)
             y = F.linear(x, matrix.weight)
             selected = matrix.select(y)
             if rho is not None:
@@ -240,13 +262,16 @@ class LinearSite:
             y.add_(self.module.bias)
         return y
 
-    def input_gradient(self, dy: Tensor, layout: Layout) -> Tensor:
-        """The gradient at x (n, M, in) for dy (n, M, out): the formula, transposed."""
+    def input_gradient(self, dy: Tensor, layout: Layout, append: Tensor | None) -> Tensor:
+        """The gradient at x (n, M, in) for dy (n, M, out), which goes to ``append``, too.
+
+        That is the formula, transposed.
+        """
         matrix = self.matrix
         rho = layout.rho(matrix.track, self.desk.wide)
         X, dY, beta = self._earlier(dy, layout)
         if matrix.selection.rows is None:
-            dx = self.desk.delta_linear(dy, matrix.weight.t(), dY, X, beta, rho)
+            dx = self.desk.delta_linear(dy, matrix.weight_t, dY, X, beta, rho, append)
         else:
             scores = _scores(matrix.select(dy).flatten(2), dY, beta)
             if rho is not None:
@@ -280,16 +305,18 @@ class LinearSite:
         R = beta.shape[1]
         return lookups.dy.first(deltas, R), lookups.ids.first(deltas, R).transpose(1, 2), beta
 
-    def record(self, x: Tensor, rows: Tensor, layout: Layout) -> int | tuple[int, ...]:
-        """Write x into X, unless a module that was given the same tensor has."""
+    def record(
+        self, x: Tensor, rows: Tensor, layout: Layout
+    ) -> tuple[int | tuple[int, ...], Tensor | None]:
+        """The start of x's rows in X, and where the product is to write them, if it is."""
         matrix, desk = self.matrix, self.desk
         if matrix.inputs is None:
             newest = desk.newest
             joins = newest is not None and newest.is_new and newest.is_last(x)
             matrix.inputs = newest if joins else desk.new_inputs(x)
         desk.newest = matrix.inputs
-        mask = layout.mask_for(rows.shape[1])
-        return matrix.inputs.record(x, rows, layout.deltas, layout.step, mask)
+        padding = layout.padding_among(rows.shape[1])
+        return matrix.inputs.record(x, rows, layout.deltas, layout.step, padding)
 
 
 class _Linear(torch.autograd.Function):
@@ -301,26 +328,37 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         layout = site.desk.layout
         rows = layout.split(x, site.name)
-        ctx.start = site.record(x, rows, layout)
+        append = None
+        if not site.desk.recomputing:
+            ctx.start, append = site.record(x, rows, layout)
         ctx.site, ctx.layout, ctx.shape = site, layout, x.shape
-        return site.product(rows, bias, layout).view(*x.shape[:-1], -1)
+        y = site.product(rows, bias, layout, append)
+        padding = layout.padding_among(rows.shape[1])
+        if append is not None and padding is not None:
+            padding.blank_(append)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         site, layout = ctx.site, ctx.layout
         dy = dy.reshape(layout.n, -1, dy.shape[-1]).contiguous()
-        mask = layout.mask_for(dy.shape[1])
-        if mask is not None:
-            dy = dy.masked_fill(~mask, 0)
-        site.matrix.record_dy(layout.deltas, ctx.start, dy)
-        dx = None
+        padding = layout.padding_among(dy.shape[1])
+        append = dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = site.input_gradient(dy, layout).view(ctx.shape)
-        dbias = None
+            append = site.matrix.room_for_dy(layout.deltas, ctx.start, dy.shape[1])
+        if append is None:
+            dy = dy if padding is None else padding.blanked(dy)
+            site.matrix.record_dy(layout.deltas, ctx.start, dy)
+        if ctx.needs_input_grad[0]:
+            dx = site.input_gradient(dy, layout, append)
+        if append is not None and padding is not None:
+            padding.blank_(append)
+            padding.blank_(dx)
         if ctx.needs_input_grad[1]:
-            dbias = dy.sum(1, dtype=site.bias.base.dtype)
-        return dx, dbias, None, None
+            recorded = dy if append is None else append
+            dbias = recorded.sum(1, dtype=site.bias.base.dtype)
+        return dx if dx is None else dx.view(ctx.shape), dbias, None, None
 
 
 class EmbeddingSite:
@@ -382,7 +420,8 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, anchor: Tensor, site: EmbeddingSite) -> Tensor:
         layout = site.desk.layout
-        ctx.start = site.matrix.lookups.record_ids(layout.deltas, layout.step, ids)
+        if not site.desk.recomputing:
+            ctx.start = site.matrix.lookups.record_ids(layout.deltas, layout.step, ids)
         ctx.site, ctx.layout = site, layout
         ctx.save_for_backward(ids)
         return site.rows_of(ids, layout)
@@ -391,9 +430,9 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
-        mask = ctx.layout.mask_for(ids.shape[1])
-        if mask is not None:
-            dy = dy.masked_fill(~mask, 0)
+        padding = ctx.layout.padding_among(ids.shape[1])
+        if padding is not None:
+            dy = padding.blanked(dy)
         padding_idx = ctx.site.module.padding_idx
         if padding_idx is not None:
             # torch gives that row no gradient from the lookup; a tied head still gives it one.

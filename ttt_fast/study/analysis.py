@@ -102,16 +102,26 @@ class Analysis:
             if group is None or line.get("group") == group:
                 prompt, setting, step = key_of(line)
                 by_cell.setdefault(setting, {}).setdefault(step, {})[prompt] = line
+        self._by_cell = by_cell
         self.curves: dict[Setting, list[Cell]] = {
             setting: [self._cell(by_step, step) for step in sorted(by_step)]
             for setting, by_step in by_cell.items()
         }
+
+    def lines_of(self, setting: Setting, step: int) -> Mapping[str, Line]:
+        """The results of a setting after some steps, by prompt."""
+        return self._by_cell[setting][step]
 
     def value_of(self, line: Line) -> float | None:
         """The metric of a result; None where it is not finite."""
         if self.metric == "nll":
             return line["nll"]
         return float(line["correct"][self.metric])
+
+    def goodness_of(self, line: Line) -> float | None:
+        """The metric of a result, turned so that more is better; None where it is not finite."""
+        value = self.value_of(line)
+        return None if value is None else self._goodness(value)
 
     def _cell(self, by_step: Mapping[int, Mapping[str, Line]], step: int) -> Cell:
         lines = by_step[step]

@@ -59,19 +59,25 @@ def draw_all(report: StudyReport) -> list[Drawn]:
     require_matplotlib()
     drawn = []
     for metric, analysis in report.analyses.items():
-        label = "NLL of the second half" if metric == "nll" else f"right by {metric}, %"
+        label = "NLL a token" if metric == "nll" else f"right by {metric}, %"
         if len({setting.lr for setting in analysis.curves}) > 1:
             drawn.append(_by_lr(analysis, metric, label))
         drawn += [
             _by_axis(analysis, axis, metric, label)
             for axis in _AXES
-            if len({getattr(setting, axis) for setting in analysis.curves}) > 1
+            if _varies(analysis.curves, axis)
         ]
         if analysis.choices():
             drawn.append(_predictors(analysis, metric, label))
     first = next(iter(report.analyses.values()))
     drawn.insert(1 if len(drawn) > 1 else 0, _loss(first))
     return drawn
+
+
+def _varies(settings: Iterable[Setting], axis: str) -> bool:
+    # AdamW's momentum of 0 is none.
+    own = [s for s in settings if axis != "momentum" or s.optimizer == "sgd"]
+    return len({getattr(setting, axis) for setting in own}) > 1
 
 
 def require_matplotlib() -> None:

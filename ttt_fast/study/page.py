@@ -36,6 +36,10 @@ measures rounding, not learning. A trajectory that diverged counts as wrong in a
 answers, and is left out of a mean likelihood, where the number of those is given. "Chosen by the
 least" takes the setting and step with the least mean of what can be seen without labels."""
 
+_FINDINGS = """What "When Test-Time Training Fails" reports, and whether it holds here: all else
+equal, with the 95 % interval of the difference when prompts are drawn again (the best and the worst
+of many settings are chosen on the same prompts)"""
+
 
 def html_page(report: StudyReport, figures: Sequence[Drawn]) -> str:
     """The page; figures are in it as PNG."""
@@ -59,6 +63,8 @@ def html_page(report: StudyReport, figures: Sequence[Drawn]) -> str:
         parts.append(_table(
             "Which setting would have been chosen without labels", *report.choices_table(metric)
         ))  # fmt: skip
+        if report.findings[metric]:
+            parts.append(_table(_FINDINGS, *report.findings_table(metric)))
     parts.append("<h2>The loss of the prompts</h2>")
     parts += [_figure(f) for f in figures if f.name == "loss_by_lr"]
     parts += ["<h2>What was run</h2>", f"<pre>{escape(report.plan)}</pre>", _conditions(report)]

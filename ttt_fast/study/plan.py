@@ -16,6 +16,8 @@ from torch import nn
 from ttt_fast.batch import context_length
 from ttt_fast.engines.policy import free_bytes
 from ttt_fast.study.grid import Grid, Setting
+from ttt_fast.study.scoring import segments
+from ttt_fast.study.stream import tokens_a_step
 from ttt_fast.study.tasks import Encoded, Example, Task
 from ttt_fast.trainer import TTTTrainer
 
@@ -88,7 +90,7 @@ class Plan:
         prompts: those that are adapted to, in the order in which they were drawn.
         portions: how settings run.
         too_long: ids of prompts that were drawn and do not fit the model's context.
-        too_short: ids of those with fewer than two tokens.
+        too_short: ids of those with fewer tokens than the task needs.
         score_tokens: tokens generated for an answer, at most.
     """
 
@@ -120,6 +122,24 @@ class Plan:
             for portion in self.portions:
                 yield from _units(portion, by_length)
 
+    def n_steps(self, unit: Unit) -> int:
+        """Steps that all trajectories of a unit take."""
+        return len(unit.settings) * sum(
+            self._steps_of(self.prompts[n].prompt.numel()) for n in unit.prompts
+        )
+
+    @property
+    def longest_trajectory(self) -> int:
+        """Steps of one trajectory, at most."""
+        longest = max(encoded.prompt.numel() for encoded in self.prompts)
+        return _trajectory(self.task, self.grid, longest)
+
+    def _steps_of(self, n_tokens: int) -> int:
+        """Steps that one setting takes on a prompt, to all numbers of steps that are looked at."""
+        if not self.task.segment_tokens:
+            return self.grid.steps[-1]
+        return sum(self.grid.steps) * len(segments(n_tokens, self.task.segment_tokens))
+
     @property
     def predicted_s(self) -> float:
         """Seconds that the whole is predicted to take."""
@@ -135,8 +155,8 @@ class Plan:
         n_rows = len(self.prompts[0].continuations)
         # A forward of a row, or of one more token, takes about a third of a step.
         scoring = looks * (n_rows + self.score_tokens) / 3
-        steps = self.grid.steps[-1] + scoring
-        return 1e-3 * portion.ms * steps * len(portion.settings) * len(self.prompts)
+        steps = sum(self._steps_of(each.prompt.numel()) + scoring for each in self.prompts)
+        return 1e-3 * portion.ms * steps * len(portion.settings)
 
     def page(self) -> str:
         """For people, before it starts."""
@@ -164,7 +184,7 @@ class Plan:
         )
         for ids, why in (
             (self.too_long, "longer than the model's context"),
-            (self.too_short, "shorter than two tokens"),
+            (self.too_short, f"shorter than {self.task.least_tokens} tokens"),
         ):
             if ids:
                 some = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
@@ -217,11 +237,12 @@ def fitting(
     too_short: list[str] = []
     for example in examples:
         encoded = task.encode(example, tokenizer, chat)
-        behind = max([c.numel() for c in encoded.continuations], default=0)
+        lengths = [continuation.numel() for continuation in encoded.continuations]
+        behind = max(lengths, default=0)
         total = encoded.prompt.numel() + max(behind, max_new_tokens)
         if context is not None and total > context:
             too_long.append(example.id)
-        elif encoded.prompt.numel() < 2 or 0 in [c.numel() for c in encoded.continuations]:
+        elif encoded.prompt.numel() < task.least_tokens or 0 in lengths:
             too_short.append(example.id)
         else:
             kept.append(encoded)
@@ -229,7 +250,8 @@ def fitting(
         raise ValueError(
             f"study: none of the {len(examples)} prompts can be used: {len(too_long)} are longer"
             f" than the model's context of {context} (with what is scored behind them),"
-            f" {len(too_short)} shorter than two tokens. Use other prompts or another model."
+            f" {len(too_short)} shorter than {task.least_tokens} tokens. Use other prompts or"
+            " another model."
         )
     return kept, too_long, too_short
 
@@ -238,6 +260,7 @@ def fitting(
 
 
 def portions(
+    task: Task,
     model: nn.Module,
     grid: Grid,
     prompts: Sequence[Encoded],
@@ -247,6 +270,7 @@ def portions(
     """Divide the settings among the engines as the policy predicts.
 
     Args:
+        task: of the prompts.
         model: the model.
         grid: the settings.
         prompts: what is adapted to.
@@ -261,18 +285,28 @@ def portions(
         free = free_bytes(device)
         memory_budget = None if free is None else max(1, int(_SHARE_OF_FREE_MEMORY * free))
     longest = max(encoded.prompt.numel() for encoded in prompts)
+    n_tokens = longest
+    if task.segment_tokens:
+        n_tokens = tokens_a_step([encoded.prompt for encoded in prompts], task.segment_tokens)
     together: dict[tuple[str, str], list[Setting]] = {}
     for setting in grid.settings():
         together.setdefault((setting.scope, setting.optimizer), []).append(setting)
     found = []
     for settings in together.values():
-        own = {"steps": grid.steps[-1], "memory_budget": memory_budget}
+        n_steps = _trajectory(task, grid, longest)
+        own = {"steps": n_steps, "memory_budget": memory_budget}
         configs = [setting.config(**own, **options) for setting in settings]
         # With momentum the dense engine needs most.
         trainer = TTTTrainer(model, max(configs, key=lambda config: config.momentum))
         most = min(_MOST_AT_ONCE, len(settings) * len(prompts))
-        found.append(_portion(trainer, tuple(settings), longest, most))
+        found.append(_portion(trainer, tuple(settings), n_tokens, most))
     return found
+
+
+def _trajectory(task: Task, grid: Grid, n_tokens: int) -> int:
+    """Steps of the longest trajectory on a prompt of so many tokens."""
+    size = task.segment_tokens
+    return grid.steps[-1] * (len(segments(n_tokens, size)) if size else 1)
 
 
 def _portion(
@@ -289,10 +323,13 @@ def _portion(
     else:
         # The dense engine goes through them one by one, and needs the memory of one.
         ms = {"factored": together.predicted_ms["factored"], "dense": alone.predicted_ms["dense"]}
-        engine, other = sorted(ms, key=ms.__getitem__)
-        if engine == "factored" and not _fits(trainer, at_once, longest):
-            engine, other = other, engine
-        reason = f"{engine}: {ms[engine]:.3g} ms a step predicted, {ms[other]:.3g} for {other}"
+        sizes = {
+            "factored": together.predicted_bytes["factored"],
+            "dense": alone.predicted_bytes["dense"],
+        }
+        engine, why = _cheaper(ms, sizes, trainer.config.memory_budget)
+        other = next(name for name in ms if name != engine)
+        reason = f"{engine}: {ms[engine]:.3g} ms a step predicted, {ms[other]:.3g} for {other}{why}"
     choice = together if engine == "factored" else alone
     return Portion(
         engine,
@@ -302,6 +339,16 @@ def _portion(
         choice.predicted_bytes[engine],
         reason,
     )
+
+
+def _cheaper(ms: dict[str, float], sizes: dict[str, int], budget: int | None) -> tuple[str, str]:
+    """The faster engine of those that fit, the smaller if none does; and what memory decided."""
+    fitting = [name for name in ms if budget is None or sizes[name] <= budget]
+    if not fitting:
+        return min(sizes, key=sizes.__getitem__), " (neither fits into the memory)"
+    engine = min(fitting, key=ms.__getitem__)
+    faster = engine == min(ms, key=ms.__getitem__)
+    return engine, "" if faster else ", which does not fit into the memory"
 
 
 def _fits(trainer: TTTTrainer, n: int, longest: int) -> bool:

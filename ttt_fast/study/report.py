@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ttt_fast.study.analysis import PREDICTORS, Analysis, Cell, groups_of
+from ttt_fast.study.analysis import PREDICTORS, Analysis, Cell, Choice, groups_of
+from ttt_fast.study.findings import Finding, correlation, findings
 from ttt_fast.study.grid import Setting
 from ttt_fast.study.intervals import Estimate
 from ttt_fast.study.results import (
@@ -93,6 +94,9 @@ class StudyReport:
         for metric, words in self.task.metrics.items():
             parts += [f"{metric}: {words}", text_table(*self.steps_table(metric))]
             parts += self.conclusions(metric)
+            heads, rows = self.findings_table(metric)
+            if rows:
+                parts.append(text_table(heads, rows))
         return "\n\n".join(parts)
 
     def heading(self) -> str:
@@ -156,7 +160,7 @@ class StudyReport:
         rows = [
             [
                 PREDICTORS[choice.predictor][0],
-                "-" if math.isnan(choice.correlation) else f"{choice.correlation:+.2f}",
+                "-" if math.isnan(choice.correlation) else self._correlation(metric, choice),
                 str(choice.n_points),
                 choice.setting.words,
                 str(choice.step),
@@ -175,6 +179,33 @@ class StudyReport:
             rows.append(["(not adapted)", "", "", "", "0", value])
         return heads, rows
 
+    def findings_table(self, metric: str) -> tuple[list[str], list[list[str]]]:
+        """What others found, as far as the settings have both sides of it; see :mod:`findings`."""
+        heads = ["reported", "one side", "other side", "settings and steps", "better by",
+                 "prompts", "here"]  # fmt: skip
+        rows = []
+        for finding in self.findings[metric]:
+            pairs = zip(finding.sides, finding.values, strict=True)
+            sides = [f"{side}: {number(value, metric)}" for side, value in pairs]
+            places = " and ".join(map(str, finding.n_places))
+            difference = shown_estimate(finding.difference, metric, sign=True)
+            row = [*sides, places, difference, str(finding.difference.n), finding.verdict]
+            rows.append([finding.claim, *row])
+        return heads, rows
+
+    @cached_property
+    def findings(self) -> dict[str, list[Finding]]:
+        """The findings of each metric."""
+        return {metric: findings(analysis) for metric, analysis in self.analyses.items()}
+
+    def _correlation(self, metric: str, choice: Choice) -> str:
+        """A predictor's rank correlation with the metric, and its interval."""
+        interval = correlation(self.analyses[metric], choice.predictor)
+        text = f"{choice.correlation:+.2f}"
+        if math.isnan(interval.low):
+            return text
+        return f"{text} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
     def conclusions(self, metric: str) -> list[str]:
         """What loss would have chosen, in a sentence, if there is anything to say."""
         analysis = self.analyses[metric]
@@ -186,7 +217,7 @@ class StudyReport:
             "too few points for a rank correlation"
             if math.isnan(loss.correlation)
             else f"the rank correlation of a lower loss with a better value is"
-            f" {loss.correlation:+.2f} over {loss.n_points} settings and steps"
+            f" {self._correlation(metric, loss)} over {loss.n_points} settings and steps"
         )
         return [
             f"Chosen by the lowest loss of the prompts: {loss.setting.words}, step {loss.step},"
@@ -222,7 +253,7 @@ class StudyReport:
         """Write CSV files, the figures as PNG and report.html into a folder.
 
         table.csv has a row for each setting and step; for each metric there are the tables of
-        robustness and of what would have been chosen without labels.
+        robustness, of what would have been chosen without labels, and of what others found.
 
         Returns:
             The files.
@@ -241,6 +272,7 @@ class StudyReport:
             for name, table in (
                 ("robustness", self.robustness_table(metric)),
                 ("without_labels", self.choices_table(metric)),
+                ("findings", self.findings_table(metric)),
             ):
                 files[f"{metric}_{name}.csv"] = _csv(*table).encode()
         files |= {f"{figure.name}.png": figure.png for figure in figures}
@@ -276,12 +308,12 @@ def number(value: float, metric: str, sign: bool = False) -> str:
     return f"{value:{plus}.4f}" if metric == "nll" else f"{100 * value:{plus}.1f}"
 
 
-def shown_estimate(estimate: Estimate, metric: str) -> str:
+def shown_estimate(estimate: Estimate, metric: str, sign: bool = False) -> str:
     """A mean with its interval: 62.5 [45.3, 77.1]."""
-    text = number(estimate.mean, metric)
-    if math.isnan(estimate.low):
-        return text
-    return f"{text} [{number(estimate.low, metric)}, {number(estimate.high, metric)}]"
+    mean, low, high = (
+        number(each, metric, sign) for each in (estimate.mean, estimate.low, estimate.high)
+    )
+    return mean if math.isnan(estimate.low) else f"{mean} [{low}, {high}]"
 
 
 def _shown(cell: Cell | None, metric: str) -> str:

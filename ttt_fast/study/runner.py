@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from ttt_fast.study.report import StudyReport
 from ttt_fast.study.results import Results, line_of, open_configuration, read_lines
 from ttt_fast.study.scoring import score
 from ttt_fast.study.shards import Shard, joined
+from ttt_fast.study.stream import stream_states
 from ttt_fast.study.tasks import Task, find_task, load_examples
 from ttt_fast.study.trajectories import Point, SideBySide, State, dense_states, factored_states
-from ttt_fast.trainer import TTTTrainer
 
 # Prompts that are scored together with the original weights.
 _UNADAPTED_AT_ONCE = 8
@@ -41,6 +41,7 @@ def study(
     seed: int = 0,
     chat: bool = False,
     max_new_tokens: int | None = None,
+    segment_tokens: int | None = None,
     delta_norm: bool = True,
     sha256: str | None = None,
     engine: str = "auto",
@@ -62,16 +63,17 @@ def study(
     Started by ``torchrun``, the processes share the work and all return the report of the whole.
 
     Args:
-        task: "memo-trap", "gsm-symbolic" or "text-halves".
+        task: a name of :data:`ttt_fast.study.TASKS`.
         model: a Hugging Face causal language model. Its weights come back bit for bit.
         tokenizer: its tokenizer.
         data: the task's file, JSON lines.
         out: folder of the results.
-        grid: settings and steps; default the published sweep.
+        grid: settings and steps; default the published sweep, with the task's own steps.
         prompts: how many, drawn by ``seed``; default all.
         seed: of the draw, and of stochastic rounding.
-        chat: wrap prompts in the chat template; not those of "text-halves".
+        chat: wrap prompts in the chat template; not plain text.
         max_new_tokens: of generated answers; default the task's.
+        segment_tokens: of a segment of "text-stream"; default the task's.
         delta_norm: measure ‖W − W₀‖; exact, and on long trajectories as slow as the steps.
         sha256: refuse a file whose hash does not begin with this.
         engine: as in :class:`TTTConfig`; "auto" decides for each optimizer and scope.
@@ -86,7 +88,8 @@ def study(
         ResultsError: the folder is another study's, or cannot be written to.
         ValueError: bad input; nothing has run.
     """
-    chosen, folder, grid = find_task(task), Path(out), grid or Grid()
+    chosen, folder = _with_segments(find_task(task), segment_tokens), Path(out)
+    grid = grid or Grid(**chosen.axes)
     _check_options(chosen, chat, delta_norm, options)
     new_tokens = _new_tokens(chosen, max_new_tokens)
     examples = load_examples(chosen, data, sha256)
@@ -108,9 +111,12 @@ def study(
                 "delta_norm": delta_norm,
                 "engine": engine,
                 "options": {key: repr(value) for key, value in sorted(options.items())},
+                **({"segment_tokens": chosen.segment_tokens} if chosen.segment_tokens else {}),
             },
             "prompts": len(drawn),
-            "portions": [p.as_dict() for p in portions(model, grid, kept, **budget, **options)],
+            "portions": [
+                p.as_dict() for p in portions(chosen, model, grid, kept, **budget, **options)
+            ],
             "about": _about(model, name, data, examples.known),
         }
         return wanted if only_plan else open_configuration(folder, wanted)
@@ -140,13 +146,23 @@ def _check_options(task: Task, chat: bool, delta_norm: bool, options: dict[str, 
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"study: {', '.join(unknown)} is not a setting of TTTConfig for a study.")
-    if chat and task.halves:
+    if chat and task.plain_text:
         raise ValueError(f"study: chat=True; {task.name} adapts to a text, not a turn of a chat.")
     if delta_norm and options.get("snapshot") == "undo":
         raise ValueError(
             "study: snapshot='undo' keeps no copy of the original weights to measure the change"
             " from. Give delta_norm=False, or another snapshot."
         )
+
+
+def _with_segments(task: Task, given: int | None) -> Task:
+    """The task, with segments of another length if one is given."""
+    if given is None:
+        return task
+    if not task.segment_tokens or given < 2:
+        what = "it must be at least 2" if task.segment_tokens else f"{task.name} has no segments"
+        raise ValueError(f"study: segment_tokens={given}; {what}.")
+    return replace(task, segment_tokens=given)
 
 
 def _new_tokens(task: Task, given: int | None) -> int:
@@ -193,15 +209,14 @@ class _Run:
             for (prompt, _, step), line in results.lines.items()
             if step == 0
         }
-        self._trainer: tuple[Any, TTTTrainer] | None = None
+        self._trainer: tuple[Any, SideBySide] | None = None
 
     def all(self, shard: Shard, progress: bool) -> None:
         """Every unit of this process's share that is not complete."""
         units = list(self._plan.units())[shard.rank :: shard.world]
-        n_steps = self._plan.grid.steps[-1]
         missing = [unit for unit in units if self._missing(unit)]
-        total = n_steps * sum(len(unit.pairs) for unit in units)
-        left = n_steps * sum(len(unit.pairs) for unit in missing)
+        total = sum(self._plan.n_steps(unit) for unit in units)
+        left = sum(self._plan.n_steps(unit) for unit in missing)
         with tqdm(
             total=total, initial=total - left, disable=not progress, unit="step",
             desc=self._plan.task.name, position=shard.rank,
@@ -210,7 +225,7 @@ class _Run:
                 done = bar.n
                 self._unit(unit, bar.update)
                 # What a trajectory that diverged left out.
-                bar.update(done + n_steps * len(unit.pairs) - bar.n)
+                bar.update(done + self._plan.n_steps(unit) - bar.n)
 
     def _missing(self, unit: Unit) -> bool:
         return any(
@@ -249,19 +264,16 @@ class _Run:
     def _states(self, unit: Unit, on_step: Callable[[int], None]) -> Iterator[State]:
         steps = self._plan.grid.steps
         trainer = self._trainer_of(unit)
+        prompts = [self._plan.prompts[n].prompt for n, _ in unit.pairs]
+        settings = [setting for _, setting in unit.pairs]
+        size = self._plan.task.segment_tokens
+        if size:
+            return stream_states(trainer, prompts, settings, steps, size, on_step, self._delta_norm)
         if unit.engine == "dense":
-            prompt = self._plan.prompts[unit.prompts[0]].prompt
-            return dense_states(trainer, prompt, steps, on_step, self._delta_norm)
-        return factored_states(
-            trainer,
-            [self._plan.prompts[n].prompt for n, _ in unit.pairs],
-            [setting for _, setting in unit.pairs],
-            steps,
-            on_step,
-            self._delta_norm,
-        )
+            return dense_states(trainer, prompts[0], steps, on_step, self._delta_norm)
+        return factored_states(trainer, prompts, settings, steps, on_step, self._delta_norm)
 
-    def _trainer_of(self, unit: Unit) -> TTTTrainer:
+    def _trainer_of(self, unit: Unit) -> SideBySide:
         """The trainer of a unit; the last one is kept, with its buffers."""
         first = unit.settings[0]
         key = (unit.engine, first.scope if unit.engine == "factored" else first)
@@ -269,10 +281,12 @@ class _Run:
             self._trainer = None  # before the next one, whose buffers take as much memory
             # A step that is not finite is to be noticed before the state is looked at.
             config = first.config(
-                steps=self._plan.grid.steps[-1], engine=unit.engine, check_every=1, **self._options
+                steps=self._plan.longest_trajectory,
+                engine=unit.engine,
+                check_every=1,
+                **self._options,
             )
-            kind = SideBySide if unit.engine == "factored" else TTTTrainer
-            self._trainer = (key, kind(self._model, config))
+            self._trainer = (key, SideBySide(self._model, config))
         return self._trainer[1]
 
     def _scores(self, unit: Unit, state: State) -> list[dict[str, Any]]:
@@ -282,6 +296,8 @@ class _Run:
             scores = [self._unadapted[self._id(n)] for n in numbers]
         elif all(point.diverged_at is not None for point in state.points):
             scores = [{} for _ in numbers]
+        elif state.scores is not None:
+            scores = state.scores
         else:
             scores = self._score(numbers)
         return [

@@ -7,6 +7,7 @@ to each, in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,9 +40,12 @@ def score(
 
     Returns:
         for each example the fields of its result: ``likelihoods`` (log-likelihoods of the options),
-        ``nll`` (a token, of a text's second half), ``answer`` (judged, of what was generated), and
-        ``correct``, metric -> bool. None stands for numbers that are not finite.
+        ``nll`` (a token, of a text's second half, or of all segments of a text and with it
+        ``segments``, of each), ``answer`` (judged, of what was generated), and ``correct``,
+        metric -> bool. None stands for numbers that are not finite.
     """
+    if task.segment_tokens:
+        return _score_segments(model, examples, task.segment_tokens)
     results: list[dict[str, Any]] = [{"correct": {}} for _ in examples]
     if examples and examples[0].continuations:
         for result, encoded, sums in zip(
@@ -62,9 +66,44 @@ def score(
     return results
 
 
-@torch.no_grad()
+def _score_segments(
+    model: nn.Module, examples: Sequence[Encoded], segment_tokens: int
+) -> list[dict[str, Any]]:
+    """Whole texts, without a step in between."""
+    behind_first = [Encoded(e.example, e.prompt[:1], (e.prompt[1:],)) for e in examples]
+    results = []
+    for (each,) in token_log_likelihoods(model, behind_first):
+        spans = segments(each.numel() + 1, segment_tokens)
+        # Entry n is of token n + 1.
+        sums = [float(-each[max(0, first - 1) : end - 1].sum()) for first, end in spans]
+        results.append(segment_result(sums, each.numel() + 1, segment_tokens))
+    return results
+
+
+def segments(n_tokens: int, size: int) -> list[tuple[int, int]]:
+    """First token of each segment of a text, and the one behind it; the last may be shorter."""
+    return [(first, min(first + size, n_tokens)) for first in range(0, n_tokens, size)]
+
+
+def segment_result(nlls: Sequence[float], n_tokens: int, size: int) -> dict[str, Any]:
+    """The fields of a text's result from the negative log-likelihood of each segment (its sum)."""
+    # Nothing comes before the first token, so it is not predicted.
+    counts = [end - max(1, first) for first, end in segments(n_tokens, size)]
+    return {
+        "correct": {},
+        "nll": finite(math.fsum(nlls) / sum(counts)),
+        "segments": [finite(nll / count) for nll, count in zip(nlls, counts, strict=True)],
+    }
+
+
 def log_likelihoods(model: nn.Module, examples: Sequence[Encoded]) -> list[list[float]]:
     """Σ log p of the tokens of every continuation behind its prompt, for each example."""
+    return [[float(x.sum()) for x in each] for each in token_log_likelihoods(model, examples)]
+
+
+@torch.no_grad()
+def token_log_likelihoods(model: nn.Module, examples: Sequence[Encoded]) -> list[list[Tensor]]:
+    """Log p of each token of every continuation behind its prompt, float64, for each example."""
     device = model.get_input_embeddings().weight.device
     pairs = [(e.prompt, continuation) for e in examples for continuation in e.continuations]
     ids, mask = pad_rows([torch.cat(pair).to(device) for pair in pairs], 0)
@@ -81,12 +120,12 @@ def log_likelihoods(model: nn.Module, examples: Sequence[Encoded]) -> list[list[
         row.to(compute_dtype(row.dtype)).log_softmax(-1).gather(-1, target[:, None])[:, 0]
         for row, target in zip(logits, targets, strict=True)
     ])  # fmt: skip
-    sums = [
-        float(row[longest - continuation.numel() :].double().sum())
+    each = [
+        row[longest - continuation.numel() :].double()
         for row, (_, continuation) in zip(chosen, pairs, strict=True)
     ]
     n = len(examples[0].continuations)
-    return [sums[first : first + n] for first in range(0, len(sums), n)]
+    return [each[first : first + n] for first in range(0, len(each), n)]
 
 
 def _inputs(ids: Tensor, mask: Tensor, arguments: frozenset[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a study adapts to and how the adapted model is scored: three tasks, read from JSON lines.
+"""What a study adapts to and how the adapted model is scored: tasks, read from JSON lines.
 
 A file holds one JSON object a line. Its bytes are compared with those that the loader was written
 for, and the result is part of the report: another file is not wrong, but other numbers follow.
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_fast.study.answers import agree, boxed
+
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 WORD = re.compile(r"[\w'-]+")
 
@@ -27,7 +29,7 @@ class Example:
 
     Attributes:
         id: unique in the file.
-        prompt: what is adapted to; for a text by halves, the whole of it.
+        prompt: what is adapted to; for plain text, the whole of it.
         cluster: rows of one cluster are not independent; None where rows are.
         group: a part of the file that the report also shows on its own; None without parts.
         options: continuations between which the likelihood decides.
@@ -75,7 +77,10 @@ class Task:
         judge: ``(example, text) -> (answer, right)`` of a generated text.
         complete: whether nothing that follows can change what ``judge`` says of a text.
         halves: adapt to the first half of the text and score the second.
-        sha256: first 16 digits of the file that the loader was written for.
+        segment_tokens: score a text in segments of so many tokens, each before the weights train on
+            it; 0 for tasks that adapt to a prompt first.
+        steps: numbers of steps to look at by default; empty for those of :class:`Grid`.
+        sha256: first 16 digits of the files that the loader was written for.
         note: what to know of the file.
     """
 
@@ -87,13 +92,32 @@ class Task:
     judge: Callable[[Example, str], tuple[str | None, bool]] | None = None
     complete: Callable[[str], bool] = field(default=lambda text: False)
     halves: bool = False
-    sha256: str = ""
+    segment_tokens: int = 0
+    steps: tuple[int, ...] = ()
+    sha256: tuple[str, ...] = ()
     note: str = ""
+
+    @property
+    def plain_text(self) -> bool:
+        """Whether a row is a text, with nothing to answer."""
+        return self.halves or self.segment_tokens > 0
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that a prompt needs for there to be something to learn and to score."""
+        return max(2, self.segment_tokens + 1)
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """The axes of a grid whose defaults are not those of :class:`Grid`."""
+        return {"steps": self.steps} if self.steps else {}
 
     def encode(self, example: Example, tokenizer: Any, chat: bool = False) -> Encoded:
         """Tokens of an example; ``chat`` wraps the prompt in the tokenizer's chat template."""
-        if self.halves:
+        if self.plain_text:
             ids = torch.tensor(tokenizer(example.prompt)["input_ids"], dtype=torch.int64)
+            if not self.halves:
+                return Encoded(example, ids)
             half = ids.numel() // 2
             return Encoded(example, ids[:half], (ids[half:],))
         text = example.prompt
@@ -166,7 +190,7 @@ def load_examples(task: Task, path: str | Path, sha256: str | None = None) -> Ex
         rows.append(example)
     if not rows:
         raise ValueError(f"{path}: no row in it; give a file of JSON lines for task {task.name!r}.")
-    return Examples(rows, digest, digest.startswith(task.sha256) if task.sha256 else False)
+    return Examples(rows, digest, digest.startswith(task.sha256))
 
 
 def _read_line(task: Task, path: Path, number: int, line: str) -> Example:
@@ -269,6 +293,48 @@ def _judge_number(example: Example, text: str) -> tuple[str | None, bool]:
     return number, number is not None and float(number) == float(example.answer)
 
 
+# ---------------------------------------------------------------------------- competitions
+
+_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# What JSON makes of \frac, \binom and \triangle written with a single backslash.
+_LOST_BACKSLASH = re.compile(r"[\b\v\f]|\t(?=riangle|imes|heta|ext|an\b|o\b)")
+
+
+def _problem(row: Mapping[str, Any]) -> str:
+    text = _text(row["problem"] if "problem" in row else row["question"])
+    if _LOST_BACKSLASH.search(text):
+        raise ValueError(
+            "a control character where a LaTeX command was (\\frac, \\triangle, ...): this copy of"
+            " the file is damaged"
+        )
+    return f"{text}\n{_BOXED}"
+
+
+def _math_row(number: int, row: Mapping[str, Any]) -> Example:
+    answer = str(row["answer"]).strip()
+    if not answer:
+        raise ValueError("its answer is empty")
+    return Example(
+        id=str(row.get("problem_id", number)),
+        prompt=_problem(row),
+        group=str(row["type"]),
+        answer=answer,
+    )
+
+
+def _aime_row(number: int, row: Mapping[str, Any]) -> Example:
+    row = {name.lower(): value for name, value in row.items()}  # some copies have Problem, Answer
+    answer = str(row["answer"]).strip()
+    if not re.fullmatch(r"\d{1,3}", answer):
+        raise ValueError(f"its answer is {answer!r}; those of AIME are 0 to 999")
+    return Example(id=str(row.get("id", number)), prompt=_problem(row), answer=answer)
+
+
+def _judge_boxed(example: Example, text: str) -> tuple[str | None, bool]:
+    answer = boxed(text)
+    return answer, answer is not None and agree(answer, example.answer)
+
+
 # ---------------------------------------------------------------------------- plain text
 
 
@@ -302,7 +368,7 @@ TASKS: dict[str, Task] = {
             max_new_tokens=8,
             judge=_judge_word,
             complete=_word_is_over,
-            sha256="918ce75c83a027e0",
+            sha256=("918ce75c83a027e0",),
             note="The first subtask of Memo-Trap: 860 rows, of which 837 prompts are distinct.",
         ),
         Task(
@@ -313,10 +379,36 @@ TASKS: dict[str, Task] = {
             max_new_tokens=512,
             judge=_judge_number,
             complete=lambda text: "Q:" in text,
-            sha256="f7d6701619f824f4",
+            sha256=("f7d6701619f824f4",),
             note=(
                 "Zero-shot, chain of thought. Rows of one template are not independent: intervals"
                 " are clustered by template."
+            ),
+        ),
+        Task(
+            name="math-perturb",
+            title="MATH-Perturb",
+            read=_math_row,
+            metrics={"generation": "the boxed answer of greedy decoding agrees with the right one"},
+            max_new_tokens=2048,
+            judge=_judge_boxed,
+            sha256=("2130821d4235dc1f", "418ca51e02f3b639"),
+            note=(
+                "Zero-shot, asked to reason and to box the answer. Shares depend much on"
+                " max_new_tokens: compare only those of the same. Its authors ask that nobody"
+                " trains on it; adapting to a problem does, for as long as it is answered."
+            ),
+        ),
+        Task(
+            name="aime",
+            title="AIME",
+            read=_aime_row,
+            metrics={"generation": "the boxed answer of greedy decoding is the right integer"},
+            max_new_tokens=4096,
+            judge=_judge_boxed,
+            note=(
+                "Zero-shot, asked to reason and to box the answer. A year has 30 problems, so one"
+                " more of them right is 3.3 points."
             ),
         ),
         Task(
@@ -325,8 +417,26 @@ TASKS: dict[str, Task] = {
             read=_text_row,
             metrics={"nll": "negative log-likelihood a token of the second half, after the first"},
             halves=True,
-            sha256="defd50018ab65a90",
+            sha256=("defd50018ab65a90",),
             note="The model adapts to the first half of a text; the second is scored behind it.",
+        ),
+        Task(
+            name="text-stream",
+            title="Text, scored and then trained on",
+            read=_text_row,
+            metrics={
+                "nll": "negative log-likelihood a token, each segment scored before the weights"
+                " train on it"
+            },
+            segment_tokens=64,
+            steps=(0, 1),
+            sha256=("defd50018ab65a90",),
+            note=(
+                "Dynamic evaluation: a text goes by in segments, each scored behind all that came"
+                " before it, by weights that took so many steps on each earlier segment. Steps are"
+                " those on each segment; the loss is that of the whole text under the last weights,"
+                " which have seen it."
+            ),
         ),
     )
 }

@@ -19,6 +19,7 @@ from ttt_fast.adaptation import Adaptation
 from ttt_fast.batch import Batch, complete_batch
 from ttt_fast.conditions import finite
 from ttt_fast.config import TTTConfig
+from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.reference import compute_dtype
 from ttt_fast.session import DivergedError, Session, require_free
 from ttt_fast.study.grid import Setting
@@ -52,14 +53,30 @@ class State:
     Attributes:
         step: number of steps.
         points: one each.
+        scores: what was scored on the way, one each; None where the model is to be asked now.
     """
 
     step: int
     points: list[Point]
+    scores: list[dict[str, Any]] | None = None
 
 
 class SideBySide(TTTTrainer):
     """A trainer that adapts prompts with settings of their own together."""
+
+    def begin_pairs(self, configs: Sequence[TTTConfig], n_tokens: int) -> Session:
+        """Begin with a delta for each of the settings.
+
+        One that diverges keeps its last finite weights and is marked; the others go on.
+
+        Args:
+            configs: they may differ in lr, momentum, weight decay and clip; in the dense engine
+                there is one, the trainer's own.
+            n_tokens: tokens that a delta sees in a step.
+        """
+        choice = self.plan(len(configs), n_tokens, self.config.engine)
+        own = {"configs": list(configs)} if choice.engine == "factored" else {}
+        return self._begin(choice, len(configs), n_tokens, keep_diverged=True, **own)
 
     def adapt_pairs(
         self,
@@ -78,9 +95,7 @@ class SideBySide(TTTTrainer):
         """
         batch = self._batch(list(prompts), None, None, None, None, None, "independent")
         require_free(self.model)
-        n, n_tokens = len(prompts), batch.input_ids.shape[1]
-        choice = self.plan(n, n_tokens, "factored")
-        begin = partial(self._begin, choice, n, n_tokens, configs=list(configs), keep_diverged=True)
+        begin = partial(self.begin_pairs, configs, batch.input_ids.shape[1])
         return self._adapt(begin, batch, on_step, None, False)
 
 
@@ -180,16 +195,15 @@ def _dense_point(
     return Point(
         loss,
         finite(norm),
-        finite(_distance(session)) if delta_norm else None,
+        finite(distance(session.engine)) if delta_norm else None,
         session.engine.landed(0),
         diverged_at=step if loss is None else None,
     )
 
 
 @torch.no_grad()
-def _distance(session: Session) -> float:
+def distance(engine: DenseEngine) -> float:
     """‖W − W₀‖ of the weights that are in the model."""
-    engine = session.engine
     square = 0.0
     for now, before in zip(engine.views, engine.snapshot.originals, strict=True):
         wide = compute_dtype(now.dtype)

@@ -1,0 +1,36 @@
+"""Which engine the settings of a study run in, and how many trajectories side by side."""
+
+import pytest
+
+from ttt_fast import TTTConfig
+from ttt_fast.engines.policy import Choice
+from ttt_fast.study import Setting
+from ttt_fast.study.plan import _portion
+
+
+class Predicted:
+    """A trainer that predicts: the dense engine keeps a copy of the weights for each delta."""
+
+    def __init__(self, budget, dense_ms):
+        self.config = TTTConfig(memory_budget=budget, max_batch_tokens=None)
+        self.dense_ms = dense_ms
+
+    def plan(self, n, n_tokens):
+        ms = {"factored": 100 / n + 20, "dense": self.dense_ms}
+        return Choice("factored", "", ms, {"factored": 10 * n, "dense": 100 + 50 * (n > 1) * n})
+
+
+@pytest.mark.parametrize(
+    ("budget", "dense_ms", "expected"),
+    [
+        (None, 500, ("factored", 8, 80)),
+        (None, 5, ("dense", 1, 100)),  # one by one: the memory of one
+        (100, 5, ("dense", 1, 100)),  # eight copies of the weights would not fit, but one does
+        (99, 5, ("factored", 8, 80)),  # dense is faster and does not fit
+        (35, 500, ("factored", 3, 30)),
+        (9, 5, ("factored", 1, 10)),  # neither fits
+    ],
+)
+def test_memory_of_what_goes_one_by_one(budget, dense_ms, expected):
+    portion = _portion(Predicted(budget, dense_ms), (Setting(),), 9, 8)
+    assert (portion.engine, portion.at_once, portion.nbytes) == expected

@@ -1,0 +1,131 @@
+"""Keys and values of an adapted prompt: kept where no adapted parameter can change them.
+
+A parameter changes them unless everything that it acts on comes after the last layer's keys and
+values: an output head that is not the embedding, the final norm, and of the last decoder layer the
+query, the attention's output, and what follows. That is known by name; any other is taken to.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_fast.scope import Selection, decoder_layers
+
+# Of a decoder layer: what comes after its keys and values.
+_AFTER = re.compile(
+    r"mlp\.|(self_attn|attn|attention)\.(q_proj|q_norm|o_proj|out_proj|c_proj|dense)\."
+    r"|(post_attention_layernorm|pre_feedforward_layernorm|post_feedforward_layernorm)\."
+)
+# Beside the stack of layers: what comes after it.
+_FINAL_NORM = re.compile(r"(model\.|transformer\.)?(norm|ln_f)\.(weight|bias)")
+# Arguments of generate that leave one row a prompt and one token a step.
+_PLAIN = frozenset({
+    "max_new_tokens", "min_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p",
+    "min_p", "eos_token_id", "pad_token_id", "repetition_penalty", "generation_config",
+})  # fmt: skip
+
+
+def changed_by(model: nn.Module, selections: Sequence[Selection]) -> str | None:
+    """Name of an adapted parameter that may change keys and values; None if none does."""
+    layers = decoder_layers(model)
+    shared = {id(param) for layer in layers[:-1] for param in layer.parameters()}
+    last = {id(p): name for layer in layers[-1:] for name, p in layer.named_parameters()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = set() if head is None else {id(param) for param in head.parameters()}
+    embedded = {id(param) for param in model.get_input_embeddings().parameters()}
+    for selection in selections:
+        param = id(selection.param)
+        late = param in heads - embedded or (
+            param not in shared and _AFTER.match(last.get(param, ""))
+        )
+        if not (layers and (late or _FINAL_NORM.fullmatch(selection.name))):
+            return selection.name
+    return None
+
+
+def takes_cache(model: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether ``generate`` with these arguments can go on from a cache of its rows."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    one_each = all(
+        (getattr(config, name, None) or 1) == 1 for name in ("num_beams", "num_return_sequences")
+    )
+    usual = getattr(config, "use_cache", None) is not False
+    usual = usual and getattr(config, "cache_implementation", None) is None
+    return set(options) <= _PLAIN and one_each and usual
+
+
+@torch.no_grad()
+def keys_values(
+    model: nn.Module, ids: Tensor, mask: Tensor, arguments: frozenset[str]
+) -> Any | None:
+    """The model's cache of all tokens of rows (N, T) but the last, None if it has none.
+
+    Args:
+        model: the model.
+        ids: rows of tokens, padded on the left.
+        mask: (N, T), 0 at padding.
+        arguments: names that the model's forward takes.
+    """
+    if "past_key_values" not in arguments or ids.shape[1] < 2:
+        return None
+    inputs = {
+        "input_ids": ids[:, :-1],
+        "attention_mask": mask[:, :-1],
+        "position_ids": (mask.cumsum(1) - 1).clamp_(min=0)[:, :-1],
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    outputs = model(**{name: value for name, value in inputs.items() if name in arguments})
+    return getattr(outputs, "past_key_values", None)
+
+
+class KeptPrompts:
+    """Caches of the prompts of an adaptation, one for each way in which they go on.
+
+    Attributes:
+        changed_by: as the function of that name.
+        reused: whether the last :meth:`options` had a cache from before; None without any.
+    """
+
+    def __init__(self, model: nn.Module, selections: Sequence[Selection]) -> None:
+        self.changed_by = changed_by(model, selections)
+        self.reused: bool | None = None
+        self._model = model
+        self._kept: dict[int | None, Any] = {}
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._kept.clear()
+
+    def options(
+        self,
+        key: int | None,
+        ids: Tensor,
+        mask: Tensor,
+        arguments: frozenset[str],
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments of ``generate`` for a prompt, with its cache where there can be one.
+
+        Args:
+            key: which prompt; None for all together.
+            ids: (N, T), the prompt.
+            mask: (N, T), 0 at padding.
+            arguments: names that the model's forward takes.
+            options: what the user gave.
+        """
+        self.reused = False
+        if self.changed_by is not None or not takes_cache(self._model, options):
+            return options
+        self.reused = key in self._kept
+        if not self.reused:
+            self._kept[key] = keys_values(self._model, ids, mask, arguments)
+        cache = self._kept[key]
+        # generate appends to the one that it is given.
+        return options if cache is None else options | {"past_key_values": copy.deepcopy(cache)}
