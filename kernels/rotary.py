@@ -142,7 +142,7 @@ def rotary_kernel(
 # ---------------------------------------------------------------------------- launch
 
 
-def rotary_launch(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -> Tensor:
+def rotary_launch(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> Tensor:
     """See :func:`ttt_fast.ops.rotary`, which checks the arguments."""
     batch, heads, tokens, width = x.shape
     turned = cos.shape[-1]
