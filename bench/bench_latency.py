@@ -102,11 +102,14 @@ def loop(model: nn.Module, case: Case, losses: dict[int, Tensor], **optimizer_kw
 
 
 def ours(model: nn.Module, case: Case, engine: str, losses: dict[int, Tensor]) -> Side:
-    """One of our engines on all prompts."""
-    ids = case.prompts()
+    """One of our engines on all prompts, with a trainer that lives from round to round."""
+    ids, kept = case.prompts(), []
 
     def run(steps: int | None) -> Phases:
-        trainer = TTTTrainer(model, case.config(engine, steps))
+        if steps is None and not kept:
+            kept.append(TTTTrainer(model, case.config(engine)))
+        # What warms up goes again: its buffers would be beside those of the rounds.
+        trainer = TTTTrainer(model, case.config(engine, steps)) if steps else kept[0]
         start = perf_counter()
         result = trainer.adapt(ids, deltas="independent")
         adapted = perf_counter()
