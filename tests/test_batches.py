@@ -101,6 +101,23 @@ def test_the_dense_engine_takes_one_at_a_time():
     assert [len(numbers) for numbers, _ in batches] == [1] * len(LENGTHS)
 
 
+def test_the_dense_engine_is_weighed_without_copies(monkeypatch):
+    """Each batch is restored before the next, so what D copies would need decides nothing."""
+    plan, copies = TTTTrainer.plan, []
+
+    def only_without_copies(self, n_deltas, n_tokens, in_turn=False):
+        choice = plan(self, n_deltas, n_tokens, in_turn=in_turn)
+        copies.append(
+            choice.predicted_bytes["dense"] > plan(self, 1, n_tokens).predicted_bytes["dense"]
+        )
+        return choice if copies[-1] else replace(choice, engine="dense")
+
+    trainer = trainer_of(tiny_model("llama"))
+    monkeypatch.setattr(TTTTrainer, "plan", only_without_copies)
+    assert trainer._prompts_at_once([8, 8, 8, 8]) == 1
+    assert True in copies and copies[-1] is False
+
+
 def test_as_many_as_the_memory_holds():
     model, prompts = tiny_model("llama"), prompts_of((8,) * 6)
     plan = trainer_of(model).plan(6, 8)

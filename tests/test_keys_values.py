@@ -37,6 +37,15 @@ def cache_of(model):
     return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
+def test_a_model_that_gives_no_cache_is_not_said_to_have_reused_one(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr("ttt_fast.keys_values.keys_values", lambda *args: None)
+    with adapt(model, "dense", scope="head") as adapted:
+        first = adapted.generate(**GREEDY)
+        assert torch.equal(adapted.generate(**GREEDY), first)
+        assert adapted.reused_keys_values is False
+
+
 @ENGINES
 @pytest.mark.parametrize("n_prompts", [1, 3])
 @pytest.mark.parametrize("options", EXACT.values(), ids=list(EXACT))

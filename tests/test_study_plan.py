@@ -3,7 +3,8 @@
 import pytest
 
 from ttt_fast import TTTConfig
-from ttt_fast.engines.policy import Choice
+from ttt_fast.engines.cost import Workload
+from ttt_fast.engines.policy import Choice, _decide
 from ttt_fast.study import Setting
 from ttt_fast.study.plan import _portion
 
@@ -15,9 +16,11 @@ class Predicted:
         self.config = TTTConfig(memory_budget=budget, max_batch_tokens=None)
         self.dense_ms = dense_ms
 
-    def plan(self, n, n_tokens):
+    def plan(self, n, n_tokens, in_turn=False):
         ms = {"factored": 100 / n + 20, "dense": self.dense_ms}
-        return Choice("factored", "", ms, {"factored": 10 * n, "dense": 100 + 50 * (n > 1) * n})
+        sizes = {"factored": 10 * n, "dense": 100 if in_turn else 100 + 50 * (n > 1) * n}
+        work = Workload((), n_tokens, 1, n, available_bytes=self.config.memory_budget)
+        return Choice(*_decide(work, ms, sizes), ms, sizes)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,15 +90,18 @@ class KeptPrompts:
     """Caches of the prompts of an adaptation, one for each way in which they go on.
 
     Attributes:
-        changed_by: as the function of that name.
         reused: whether the last :meth:`options` had a cache from before; None without any.
     """
 
     def __init__(self, model: nn.Module, selections: Sequence[Selection]) -> None:
-        self.changed_by = changed_by(model, selections)
         self.reused: bool | None = None
-        self._model = model
+        self._model, self._selections = model, selections
         self._kept: dict[int | None, Any] = {}
+
+    @cached_property
+    def changed_by(self) -> str | None:
+        """As the function of that name; not before somebody generates."""
+        return changed_by(self._model, self._selections)
 
     def forget(self) -> None:
         """Keep nothing."""
@@ -123,9 +127,12 @@ class KeptPrompts:
         self.reused = False
         if self.changed_by is not None or not takes_cache(self._model, options):
             return options
-        self.reused = key in self._kept
-        if not self.reused:
-            self._kept[key] = keys_values(self._model, ids, mask, arguments)
-        cache = self._kept[key]
+        cache = self._kept.get(key)
+        self.reused = cache is not None
+        if cache is None:
+            cache = keys_values(self._model, ids, mask, arguments)
+            if cache is None:
+                return options
+            self._kept[key] = cache
         # generate appends to the one that it is given.
-        return options if cache is None else options | {"past_key_values": copy.deepcopy(cache)}
+        return options | {"past_key_values": copy.deepcopy(cache)}

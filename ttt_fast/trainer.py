@@ -93,16 +93,20 @@ class TTTTrainer:
         require_free(self.model)
         return self._begin(self.plan(n_deltas, n_tokens or 64), n_deltas, n_tokens or 64)
 
-    def plan(self, n_deltas: int, n_tokens: int, engine: str | None = None) -> policy.Choice:
+    def plan(
+        self, n_deltas: int, n_tokens: int, engine: str | None = None, in_turn: bool = False
+    ) -> policy.Choice:
         """What an engine setting comes to: which one, why, and predicted time and memory.
 
         Args:
             n_deltas: D.
             n_tokens: tokens that a delta sees in a step, the longest where they differ.
             engine: "auto", "factored" or "dense"; default ``config.engine``.
+            in_turn: with the dense engine each delta is restored before the next one, as in
+                :meth:`adapt_batches`; otherwise it keeps all of them, as :meth:`adapt` does.
         """
         param = self.selections[0].param
-        work = self._workload(n_deltas, n_tokens)
+        work = replace(self._workload(n_deltas, n_tokens), in_turn=in_turn)
         machine = calibration.machine(param.dtype, param.device)
         engine = engine or self.config.engine
         if engine == "auto" and torch.is_autocast_enabled(param.device.type):
@@ -324,7 +328,8 @@ class TTTTrainer:
                 break
             count += 1
         # The dense engine takes one after the other: all that a batch would need is copies.
-        return 1 if self.plan(count, lengths[count - 1]).engine == "dense" else count
+        choice = self.plan(count, lengths[count - 1], in_turn=True)
+        return 1 if choice.engine == "dense" else count
 
     def _adapt(
         self,

@@ -76,6 +76,7 @@ class Workload:
         tokens: T, tokens of a delta at a step, the longest where they differ.
         steps: K.
         deltas: D, adapted side by side where the engine can.
+        in_turn: the dense engine restores each delta before the next one, so it keeps no copies.
         dtype: of the weights.
         optimizer: "sgd" or "adamw".
         momentum: SGD keeps a momentum buffer.
@@ -94,6 +95,7 @@ class Workload:
     tokens: int
     steps: int
     deltas: int = 1
+    in_turn: bool = False
     dtype: str = "float32"
     optimizer: str = "sgd"
     momentum: bool = True
@@ -323,16 +325,17 @@ def dense_bytes(work: Workload) -> dict[str, int]:
     wide = work.adapted_parameters * work.wide_itemsize
     whole = [x for x in work.layers if not (x.tied or _stays_factors(work, x))]
     gradients = work.itemsize * sum(x.count * x.adapted_out * x.in_ for x in whole)
+    held = 1 if work.in_turn else work.deltas
     state = selected if work.momentum else 0
     if work.optimizer == "adamw":
         state = 2 * (selected if work.rounding == "torch" else wide)
     return {
         "snapshot": selected,
         "gradients": gradients,
-        "optimizer": work.deltas * state,
-        "delta": work.deltas * wide if work.accumulate_delta else 0,
+        "optimizer": held * state,
+        "delta": held * wide if work.accumulate_delta else 0,
         # The weights hold one delta; the others wait in copies.
-        "weights": work.deltas * selected if work.deltas > 1 else 0,
+        "weights": held * selected if held > 1 else 0,
         **_forward_bytes(work, 1, "dense"),
     }
 

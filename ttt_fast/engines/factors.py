@@ -199,7 +199,7 @@ class Padding:
         if self._where is None:
             rows.masked_fill_(self._padding[:, :, None], 0)
         else:
-            rows.index_put_(self._where, rows.new_zeros(()))
+            rows[self._where] = 0
 
     def blanked(self, rows: Tensor) -> Tensor:
         """A copy with zeros there."""

@@ -316,39 +316,16 @@ def _portion(
     if limit is not None:
         most = max(1, min(most, limit // longest))
     at_once = next(n for n in range(most, 0, -1) if n == 1 or _fits(trainer, n, longest))
-    together = trainer.plan(at_once, longest)
-    alone = trainer.plan(1, longest)
-    if trainer.config.engine != "auto" or "factored" not in together.predicted_ms:
-        engine, reason = alone.engine, alone.reason
-    else:
-        # The dense engine goes through them one by one, and needs the memory of one.
-        ms = {"factored": together.predicted_ms["factored"], "dense": alone.predicted_ms["dense"]}
-        sizes = {
-            "factored": together.predicted_bytes["factored"],
-            "dense": alone.predicted_bytes["dense"],
-        }
-        engine, why = _cheaper(ms, sizes, trainer.config.memory_budget)
-        other = next(name for name in ms if name != engine)
-        reason = f"{engine}: {ms[engine]:.3g} ms a step predicted, {ms[other]:.3g} for {other}{why}"
-    choice = together if engine == "factored" else alone
+    # The dense engine goes through them one by one.
+    choice = trainer.plan(at_once, longest, in_turn=True)
     return Portion(
-        engine,
+        choice.engine,
         settings,
-        at_once if engine == "factored" else 1,
-        choice.predicted_ms[engine],
-        choice.predicted_bytes[engine],
-        reason,
+        at_once if choice.engine == "factored" else 1,
+        choice.predicted_ms[choice.engine],
+        choice.predicted_bytes[choice.engine],
+        choice.reason,
     )
-
-
-def _cheaper(ms: dict[str, float], sizes: dict[str, int], budget: int | None) -> tuple[str, str]:
-    """The faster engine of those that fit, the smaller if none does; and what memory decided."""
-    fitting = [name for name in ms if budget is None or sizes[name] <= budget]
-    if not fitting:
-        return min(sizes, key=sizes.__getitem__), " (neither fits into the memory)"
-    engine = min(fitting, key=ms.__getitem__)
-    faster = engine == min(ms, key=ms.__getitem__)
-    return engine, "" if faster else ", which does not fit into the memory"
 
 
 def _fits(trainer: TTTTrainer, n: int, longest: int) -> bool:
