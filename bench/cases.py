@@ -87,6 +87,13 @@ CORNERS = (
     Case(20, 10, 16, dtype="bfloat16", name="many questions in 16 bits"),
     Case(1024, 2, 1, name="a document"),
 )
+# Beside the sweep: between the corners, and parts of the model for many prompts.
+BETWEEN = (
+    Case(64, 10, 1),
+    Case(256, 4, 1),
+    Case(20, 10, 16, "attention"),
+    Case(20, 10, 16, "ffn"),
+)
 # Shapes with random weights; 1.5B in float32 would not fit beside its loop.
 LARGER = (("Qwen2.5-0.5B", "float32"), ("Qwen2.5-0.5B", "bfloat16"), ("Qwen2.5-1.5B", "bfloat16"))
 
@@ -108,7 +115,7 @@ def cases() -> list[Case]:
         small = [replace(CENTRE, T=8, K=2, D=2), replace(CORNERS[0], T=8, K=2)]
         return [*small, replace(CENTRE, T=4096)]
     larger = [replace(case, model=m, dtype=d) for m, d in LARGER for case in (CENTRE, *CORNERS[:2])]
-    return sweep() + (larger if AMOUNT == "full" else [])
+    return [*sweep(), *BETWEEN, *larger] if AMOUNT == "full" else sweep()
 
 
 # ---------------------------------------------------------------------------- what a case takes
