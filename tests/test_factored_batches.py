@@ -131,6 +131,38 @@ def test_nan_at_pads_reaches_nothing(family, where):
     handle.remove()
 
 
+@pytest.mark.parametrize("scope", ["all", "attention"])
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [
+        ("llama", "model.layers.1.mlp.down_proj"),
+        ("gpt2", "transformer.h.1.mlp.c_proj"),
+        ("opt", "model.decoder.layers.1.fc2"),
+    ],
+)
+def test_nan_gradients_at_pads_reach_nothing(family, where, scope):
+    """Attention would take them from a query at padding to the keys of all tokens."""
+    model = fp64(family)
+    ids, mask = padded(prompts_of(), "right")
+    trainer = trainer_of(model, scope=scope)
+    with trainer.adapt(ids, attention_mask=mask, deltas="independent") as clean:
+        pass
+    planted = mask
+
+    def hook(module, inputs, outputs):
+        (x,) = inputs
+        return (x.masked_fill(planted.reshape(*x.shape[:-1], 1) == 0, torch.nan),)
+
+    model.get_submodule(where).register_full_backward_hook(hook)
+    with trainer.adapt(ids, attention_mask=mask, deltas="independent") as adapted:
+        assert torch.allclose(adapted.losses, clean.losses, rtol=tolerance_of(family))
+        assert torch.allclose(adapted.grad_norms, clean.grad_norms, rtol=tolerance_of(family))
+    # The same NaN at a token does reach the norm.
+    planted = mask.roll(1, 1)
+    with pytest.raises(DivergedError, match=r"step 1 of delta .* gradient norm nan"):
+        trainer.adapt(ids, attention_mask=mask, deltas="independent")
+
+
 def test_a_list_that_does_not_go_at_once():
     """Prompts are taken in runs of so many tokens; nobody's numbers change."""
     trainer_options = dict(max_batch_tokens=18)
