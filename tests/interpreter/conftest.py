@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
+import torch
 
 if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
     raise pytest.UsageError(
@@ -37,6 +38,17 @@ def any_order(request: pytest.FixtureRequest) -> Iterator[None]:
     """Programs run in another order in each test, the same one each time."""
     with programs.program_order(zlib.crc32(request.node.nodeid.encode())):
         yield
+
+
+@pytest.fixture(autouse=True)
+def empty_is_nan() -> Iterator[None]:
+    """Memory from ``torch.empty`` is NaN, integers their largest: what a kernel skips shows.
+
+    Memory as it comes may be that of the result before, with the right values in it.
+    """
+    torch.use_deterministic_algorithms(True)  # fills what ``torch.empty`` returns
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
