@@ -23,7 +23,7 @@ from ttt_fast.engines.budget import refusal
 from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
-from ttt_fast.objective import Objective, negative_log_likelihood
+from ttt_fast.objective import Objective, fused_reduction, negative_log_likelihood
 from ttt_fast.scope import select_parameters
 from ttt_fast.session import Session, StepReport, holder, require_free
 
@@ -118,7 +118,13 @@ class TTTTrainer:
             self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
         device = self.selections[0].param.device
         available = self.config.memory_budget or policy.free_bytes(device)
-        return replace(self._work, deltas=n_deltas, tokens=n_tokens, available_bytes=available)
+        work = replace(self._work, deltas=n_deltas, tokens=n_tokens, available_bytes=available)
+        return work if self._computes_loss_in_head() else replace(work, loss_in_head=False)
+
+    def _computes_loss_in_head(self) -> bool:
+        """Whether nobody needs logits, as far as this trainer knows."""
+        own = fused_reduction(self.objective) is not None
+        return own and all(engine.head.plain is not False for engine in self._engines.values())
 
     def _scoped(self, work: Workload, scope: str) -> Workload | None:
         """The work with another scope, None if the model has nothing by that name."""
@@ -128,7 +134,9 @@ class TTTTrainer:
         except ValueError:
             return None
         smaller = policy.workload(self.model, selections, config, work.deltas, work.tokens)
-        return replace(smaller, available_bytes=work.available_bytes)
+        return replace(
+            smaller, available_bytes=work.available_bytes, loss_in_head=work.loss_in_head
+        )
 
     def _require_budget(self, choice: policy.Choice, n_deltas: int, n_tokens: int) -> None:
         """Refuse what would not fit the memory that the user has set."""
