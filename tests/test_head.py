@@ -17,7 +17,9 @@ from tests.untouched import Boom, assert_adapts, unchanged
 from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, negative_log_likelihood
 from ttt_fast.batch import complete_batch, pad_rows
 from ttt_fast.engines import head as head_module
-from ttt_fast.engines.head import OutputHead, expects_no_logits, tokens_at_once
+from ttt_fast.engines import head_kinds
+from ttt_fast.engines.head import OutputHead, expects_no_logits
+from ttt_fast.engines.head_kinds import FrozenHead, tokens_at_once
 from ttt_fast.objective import next_tokens, reduce_rows, row_losses, token_scale
 
 ENGINES = pytest.mark.parametrize("engine", ["dense", "factored"])
@@ -91,7 +93,7 @@ def test_the_same_losses_and_norms_as_behind_logits(family, engine, scope):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("chunk", [1, 2000, 1 << 24], ids=["by token", "some", "whole"])
 def test_whatever_counts_and_however_it_is_cut(engine, kind, reduction, chunk, monkeypatch):
-    monkeypatch.setattr(head_module, "CPU_LOGIT_BYTES", chunk)
+    monkeypatch.setattr(head_kinds, "CPU_LOGIT_BYTES", chunk)
     model, batch = fp64("llama_tied"), batch_of(kind)
     options = dict(engine=engine, reduction=reduction)
     ours, _ = run(model, batch, **options)
@@ -188,7 +190,7 @@ def largest_of(model, call, objective=None, **options):
 @ENGINES
 @pytest.mark.parametrize("call", ["step", "loss"])
 def test_no_logits_of_all_tokens_are_made(engine, call, monkeypatch):
-    monkeypatch.setattr(head_module, "CPU_LOGIT_BYTES", 4 * 4 * 2003)  # four tokens
+    monkeypatch.setattr(head_kinds, "CPU_LOGIT_BYTES", 4 * 4 * 2003)  # four tokens
     model = tiny_model("llama", vocab_size=2003, attn_implementation="sdpa")
     options = dict(engine=engine, scope="ffn")
     assert largest_of(model, call, **options) < 8 * 2003
@@ -402,7 +404,7 @@ def test_what_was_found_is_planned_with():
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_error_in_the_middle_leaves_nothing(engine, at, monkeypatch):
     model, calls = tiny_model("llama_tied"), []
-    nll_ = head_module.ops.nll_
+    nll_ = head_kinds.ops.nll_
 
     def fail(*args, **options):
         calls.append(args)
@@ -411,7 +413,7 @@ def test_an_error_in_the_middle_leaves_nothing(engine, at, monkeypatch):
         return nll_(*args, **options)
 
     with unchanged(model), monkeypatch.context() as patch:
-        patch.setattr(head_module.ops, "nll_", fail)
+        patch.setattr(head_kinds.ops, "nll_", fail)
         with pytest.raises(Boom):
             trainer_of(model, engine=engine).adapt(prompt_ids(T))
     assert len(calls) == at
@@ -432,10 +434,10 @@ def test_its_own_forward_is_given_back_after_each_step():
 def test_a_gradient_of_anything_but_the_sum_is_noticed():
     model = tiny_model("llama").requires_grad_(False)
     batch = complete_batch(Batch(prompt_ids(T)), model, 1)
-    head = OutputHead(model, head_module.FrozenHead(model.lm_head))
+    head = OutputHead(model, FrozenHead(model.lm_head))
     model.model.norm.weight.requires_grad_(True)
-    forward = partial(model, batch.input_ids)
-    _, losses = head.run(forward, batch, 1, "mean", lambda: lambda: None)
+    with head.answering(batch, 1, "mean") as call:
+        _, losses = head.run(call, partial(model, batch.input_ids), lambda: lambda: None)
     with pytest.raises(AssertionError):
         (2 * losses).sum().backward()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -227,9 +227,13 @@ class Session:
             engine.recording(deltas, rows),
             self._prefix.reused(rows),
             nullcontext() if self._checkpointing is None else self._checkpointing.around(rows),
+            engine.head.answering(rows, len(deltas), fused_reduction(self.objective)) as call,
         ):
             with self.phases("forward"), held.released():
-                losses = losses_of(forward, rows, self.objective, len(deltas), engine)
+                outputs, losses = engine.head.run(call, forward, engine.mark)
+                if losses is None:
+                    losses = delta_losses(self.objective, outputs, rows, len(deltas))
+                del outputs
             if not losses.requires_grad:
                 raise ValueError(
                     "adapt: the loss does not depend on the selected parameters (scope"
@@ -405,23 +409,21 @@ def evaluate(
     engine: Engine,
 ) -> Tensor:
     """Loss of each delta's rows with what the model computes now, without a gradient: (n,)."""
+    with (
+        uninterrupted() as held,
+        torch.no_grad(),
+        evaluating(model),
+        engine.head.answering(rows, n_deltas, fused_reduction(objective)) as call,
+        held.released(),
+    ):
+        outputs, losses = engine.head.run(
+            call, lambda: model(**rows.model_inputs(arguments)), engine.mark
+        )
+        return delta_losses(objective, outputs, rows, n_deltas) if losses is None else losses
 
-    def forward() -> Any:
-        return model(**rows.model_inputs(arguments))
 
-    with uninterrupted() as held, torch.no_grad(), evaluating(model), held.released():
-        return losses_of(forward, rows, objective, n_deltas, engine)
-
-
-def losses_of(
-    forward: Callable[[], Any], rows: Batch, objective: Objective, n_deltas: int, engine: Engine
-) -> Tensor:
-    """Loss of each delta (n,) after a forward of the model on their rows."""
-    outputs, losses = engine.head.run(
-        forward, rows, n_deltas, fused_reduction(objective), engine.mark
-    )
-    if losses is not None:
-        return losses
+def delta_losses(objective: Objective, outputs: Any, rows: Batch, n_deltas: int) -> Tensor:
+    """Loss of each delta (n,) from what the model returned for their rows."""
     losses = objective(outputs, rows)
     if not isinstance(losses, Tensor) or losses.shape != (rows.n_rows,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ttt_fast.engines.head import most_tokens
+from ttt_fast.engines.head_kinds import most_tokens
 from ttt_fast.engines.machine import Machine
 from ttt_fast.engines.products import Products
 

@@ -20,7 +20,8 @@ from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.gradients import GradientBuffers
 from ttt_fast.engines.groups import group_config, group_of_each
-from ttt_fast.engines.head import DenseHead, FrozenHead, OutputHead, output_head
+from ttt_fast.engines.head import OutputHead, output_head
+from ttt_fast.engines.head_kinds import DenseHead, FrozenHead
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.products import (
     Block,

@@ -31,7 +31,8 @@ from ttt_fast.engines.factors import (
     VectorFactors,
 )
 from ttt_fast.engines.groups import group_config, group_of_each
-from ttt_fast.engines.head import FactoredHead, FrozenHead, OutputHead, output_head
+from ttt_fast.engines.head import OutputHead, output_head
+from ttt_fast.engines.head_kinds import FactoredHead, FrozenHead
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite

@@ -28,274 +28,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
-from ttt_fast import ops
 from ttt_fast.batch import IGNORE_INDEX, Batch
-from ttt_fast.engines.gradients import LinearSlots
-from ttt_fast.engines.products import linear
-from ttt_fast.engines.takeover import LinearSite
+from ttt_fast.engines.head_kinds import Asked, FrozenHead
 from ttt_fast.objective import next_tokens, reduce_rows, row_losses, token_scale
 from ttt_fast.op_checks import DTYPES
 from ttt_fast.reference import compute_dtype
-
-# Bytes of the logits of one chunk. More tokens at once read the weights less often, and 16 MiB are
-# 85 tokens of SmolLM2's in float32, where a product takes longer than the reading.
-CPU_LOGIT_BYTES = 16 << 20
-DEVICE_LOGIT_BYTES = 256 << 20
-
-
-def tokens_at_once(tokens: int, token_bytes: int, device_type: str = "cpu") -> int:
-    """Tokens of a chunk, all chunks about as large.
-
-    Args:
-        tokens: of all.
-        token_bytes: of the logits of one.
-        device_type: of the head.
-    """
-    chunks = max(1, -(-tokens // most_tokens(token_bytes, device_type)))
-    return -(-tokens // chunks)
-
-
-def most_tokens(token_bytes: int, device_type: str = "cpu") -> int:
-    """Tokens of the largest chunk, for so many bytes of the logits of one."""
-    limit = CPU_LOGIT_BYTES if device_type == "cpu" else DEVICE_LOGIT_BYTES
-    return max(1, limit // max(1, token_bytes))
-
-
-# ---------------------------------------------------------------------------- what is asked
-
-
-class Asked:
-    """The tokens that a batch wants predicted, (n, M'): of n groups, equally many of each.
-
-    On a CPU those with a label, elsewhere all: the host would have to wait for their number. A
-    group that has fewer is filled up with tokens that count nothing.
-
-    Args:
-        targets: (N, T), the token after each, −100 where none counts.
-        scale: (N, T), derivative of the deltas' losses, summed, by each token's.
-        n: number of groups of rows.
-
-    Attributes:
-        targets: (n, M').
-        scale: (n, M').
-    """
-
-    def __init__(self, targets: Tensor, scale: Tensor, n: int) -> None:
-        self._shape = targets.shape
-        by_group = targets.reshape(n, -1)
-        labelled = by_group != IGNORE_INDEX
-        self._index = self._ignored = None
-        if targets.device.type == "cpu":
-            counts = labelled.sum(1)
-            most = int(counts.max())
-            order = (~labelled).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-            first = torch.arange(n)[:, None] * by_group.shape[1]
-            self._index = (order + first).flatten()
-            if int(counts.min()) < most:
-                self._ignored = ~labelled.gather(1, order)
-        else:
-            self._ignored = ~labelled
-        self.targets, self.scale = (self._taken(each.reshape(-1, 1)) for each in (targets, scale))
-        self.targets, self.scale = self.targets.view(n, -1), self.scale.view(n, -1)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The rows of x (N, T, D) that are asked for, (n, M', D); 0 where they do not count."""
-        n, count = self.targets.shape
-        rows = self._taken(x.reshape(-1, x.shape[-1])).view(n, count, -1)
-        # Whatever padding holds, NaN included, is not to get in.
-        return rows if self._ignored is None else rows.masked_fill(self._ignored[..., None], 0)
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Rows (n, M') or (n, M', D) at their places, (N, T) or (N, T, D), 0 elsewhere."""
-        flat = rows.flatten(0, 1)
-        if self._index is not None:
-            whole = flat.new_zeros(self._shape.numel(), *flat.shape[1:])
-            flat = whole.index_copy_(0, self._index, flat)
-        return flat.view(*self._shape, *flat.shape[1:])
-
-    def _taken(self, rows: Tensor) -> Tensor:
-        return rows if self._index is None else rows.index_select(0, self._index)
-
-    def chunks(self, token_bytes: int) -> Iterator[slice]:
-        """Slices of 0 … M'."""
-        n, count = self.targets.shape
-        size = tokens_at_once(n * count, token_bytes, self.targets.device.type)
-        step = max(1, size // n)
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
-
-
-def _loss_and_gradient_(z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """Losses (n, m) of logits z (n, m, V), which become s ∘ (softmax(z) − onehot)."""
-    n, m, V = z.shape
-    flat = z.view(-1, V)
-    losses = ops.nll_(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX).view(n, m)
-    factors = scale.reshape(-1)
-    if z.device.type == "cpu" and z.dtype != scale.dtype:
-        # Row by row, or torch makes copies of all in the wider type first.
-        for row, factor in zip(flat, factors.tolist(), strict=True):
-            row.mul_(factor)
-    else:
-        flat.mul_(factors[:, None])
-    return losses
-
-
-# ---------------------------------------------------------------------------- how a head trains
-
-Saved = tuple[Tensor | None, ...]
-
-
-class FrozenHead:
-    """A head that does not train: dh is all that is left of it.
-
-    Args:
-        module: the head.
-    """
-
-    trains = False
-
-    def __init__(self, module: nn.Linear) -> None:
-        self.module = module
-
-    def stand_in(self, recording: bool) -> Callable[..., Tensor] | None:
-        """What the engine has put in the place of its forward, None for nothing."""
-        return None
-
-    def leaves(self) -> tuple[Tensor | None, Tensor | None]:
-        """What the loss is differentiated by besides the input: weight and bias."""
-        return None, None
-
-    def groups(self) -> int:
-        """Groups of rows that are told apart."""
-        return 1
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits of rows x (n, m, D), as the module gives them."""
-        return F.linear(x, self.module.weight, self.module.bias)
-
-    def forward(
-        self, x: Tensor, bias: Tensor | None, asked: Asked, needs_dx: bool
-    ) -> tuple[Tensor, Saved]:
-        """Losses (n, M') of the tokens asked for in x (N, T, D), and what the backward needs."""
-        weight, rows = self.module.weight.detach(), asked.rows(x)
-        losses = asked.scale.new_empty(asked.scale.shape)
-        dx = torch.empty_like(rows) if needs_dx else None
-        for part in asked.chunks(len(weight) * x.itemsize):
-            z = _with_bias_(linear(rows[:, part], weight), self.module.bias)
-            losses[:, part] = _loss_and_gradient_(z, asked.targets[:, part], asked.scale[:, part])
-            if needs_dx:
-                dx[:, part] = linear(z, weight.t())
-        return losses, (asked.spread(dx) if needs_dx else None,)
-
-    def backward(
-        self, asked: Asked, saved: Saved, needs_dx: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return dh (N, T, D) and the gradient of the bias."""
-        return saved[0], None
-
-
-class FactoredHead(FrozenHead):
-    """A head whose weight trains as factors: dz goes to their rows as soon as it is there.
-
-    Args:
-        site: what stands in for the head.
-    """
-
-    trains = True
-
-    def __init__(self, site: LinearSite) -> None:
-        super().__init__(site.module)
-        self._site = site
-
-    def stand_in(self, recording: bool) -> Callable[..., Tensor] | None:
-        """The site's."""
-        return self._site.forward
-
-    def leaves(self) -> tuple[Tensor | None, Tensor | None]:
-        """In place of the weight something that always is; the bias of each delta."""
-        return self._site.desk.anchor, self._site.effective_bias()
-
-    def groups(self) -> int:
-        """One for each delta."""
-        return self._site.desk.layout.n
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits of rows x (n, m, D) of the deltas."""
-        site = self._site
-        return site.product(x.contiguous(), site.effective_bias(), site.desk.layout)
-
-    def forward(
-        self, x: Tensor, bias: Tensor | None, asked: Asked, needs_dx: bool
-    ) -> tuple[Tensor, Saved]:
-        """Losses (n, M'), and dh; to the factors, a chunk is a use of the weight."""
-        site, layout = self._site, self._site.desk.layout
-        rows, losses = asked.rows(x), asked.scale.new_empty(asked.scale.shape)
-        dx = torch.empty_like(rows) if needs_dx else None
-        dbias = None if bias is None else torch.zeros_like(bias)
-        for part in asked.chunks(len(self.module.weight) * x.itemsize):
-            some = rows[:, part].contiguous()
-            start, place = site.record(some, some, layout, None)
-            z = site.product(some, bias, layout, place)
-            losses[:, part] = _loss_and_gradient_(z, asked.targets[:, part], asked.scale[:, part])
-            gradient, _ = site.record_gradient(z, start, layout, None, needs_dx)
-            if needs_dx:
-                dx[:, part] = gradient
-            if dbias is not None:
-                dbias += z.sum(1, dtype=dbias.dtype)
-        return losses, (asked.spread(dx) if needs_dx else None, dbias)
-
-    def backward(
-        self, asked: Asked, saved: Saved, needs_dx: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return dh (N, T, D) and the gradient of the bias (n, V)."""
-        return saved
-
-
-class DenseHead(FrozenHead):
-    """A head whose gradient goes to slots of the dense engine, and which keeps dz and h for it.
-
-    Args:
-        module: the head.
-        slots: where the gradients go.
-        taken: what the engine puts in the place of its forward in a step.
-    """
-
-    trains = True
-
-    def __init__(self, module: nn.Linear, slots: LinearSlots, taken: Callable[..., Tensor]) -> None:
-        super().__init__(module)
-        self._slots, self._taken = slots, taken
-
-    def stand_in(self, recording: bool) -> Callable[..., Tensor] | None:
-        """What takes its gradients, in a step."""
-        return self._taken if recording else None
-
-    def leaves(self) -> tuple[Tensor | None, Tensor | None]:
-        """The parameters, whose gradients go elsewhere."""
-        return self.module.weight, self.module.bias
-
-    def forward(
-        self, x: Tensor, bias: Tensor | None, asked: Asked, needs_dx: bool
-    ) -> tuple[Tensor, Saved]:
-        """Losses (1, M'), of all tokens at once: dz, a factor of the gradient, is kept anyway."""
-        rows = asked.rows(x)
-        z = _with_bias_(linear(rows, self.module.weight.detach()), self.module.bias)
-        losses = _loss_and_gradient_(z, asked.targets, asked.scale)
-        return losses, (z[0], rows[0] if self._slots.weight is not None else None)
-
-    def backward(
-        self, asked: Asked, saved: Saved, needs_dx: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Give the slots their gradients; return dh (N, T, D)."""
-        dlogits, x = saved
-        self._slots.add(x, dlogits)
-        if not needs_dx:
-            return None, None
-        return asked.spread(linear(dlogits, self.module.weight.detach().t())[None]), None
-
-
-def _with_bias_(z: Tensor, bias: Tensor | None) -> Tensor:
-    return z if bias is None else z.add_(bias.detach())
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -328,6 +65,7 @@ class _Call:
         losses: (n_deltas,); None as long as the head was not called.
         placeholder: what the head returned.
         count: how often it was called.
+        open: whether it is to compute losses; otherwise it is what it was.
     """
 
     def __init__(self, head: FrozenHead, rows: Batch, n_deltas: int, reduction: str) -> None:
@@ -336,14 +74,15 @@ class _Call:
         self._targets = next_tokens(rows.labels)
         self.losses: Tensor | None = None
         self.placeholder: Tensor | None = None
-        self.count = 0
+        self.count, self.open = 0, False
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the losses from what the head is given; return a tensor without memory."""
-        self.count += 1
+        self.count += self.open
         weight = self.head.module.weight
         fits = x.dim() == 3 and x.shape[:2] == self._targets.shape
-        if self.count > 1 or not fits or (x.dtype, x.device) != (weight.dtype, weight.device):
+        fits = fits and (x.dtype, x.device) == (weight.dtype, weight.device)
+        if not (self.open and self.count == 1 and fits):
             own = self.head.stand_in(torch.is_grad_enabled())
             return nn.Linear.forward(self.head.module, x) if own is None else own(x)
         dtype = compute_dtype(x.dtype)
@@ -399,21 +138,44 @@ class OutputHead:
         self._head, self.plain = head, None
         self._around = [] if head is None else _around(model, head.module)
 
+    @contextmanager
+    def answering(
+        self, rows: Batch, n_deltas: int, reduction: str | None
+    ) -> Iterator[_Call | None]:
+        """Be ready for a forward on rows; outside of where Ctrl-C may come between two lines.
+
+        Args:
+            rows: a complete batch.
+            n_deltas: number of deltas that the rows belong to.
+            reduction: of the negative log-likelihood, None for any other objective.
+
+        Yields:
+            what :meth:`run` is to be given; None where the model is left as it is.
+        """
+        if reduction is None or not self._is_free(torch.is_grad_enabled()):
+            yield None
+            return
+        module, call = self._head.module, _Call(self._head, rows, n_deltas, reduction)
+        found = vars(module).get("forward")
+        try:
+            module.forward = call.forward
+            yield call
+        finally:
+            vars(module).pop("forward", None)
+            if found is not None:
+                module.forward = found
+
     def run(
         self,
+        call: _Call | None,
         forward: Callable[[], Any],
-        rows: Batch,
-        n_deltas: int,
-        reduction: str | None,
         mark: Callable[[], Callable[[], None]],
     ) -> tuple[Any, Tensor | None]:
         """Run a model forward; without logits where that is possible.
 
         Args:
+            call: from :meth:`answering`.
             forward: runs the model on the rows.
-            rows: a complete batch.
-            n_deltas: number of deltas that the rows belong to.
-            reduction: of the negative log-likelihood, None for any other objective.
             mark: notes what has been recorded, and returns what takes back the rest.
 
         Returns:
@@ -423,19 +185,19 @@ class OutputHead:
         Raises:
             RuntimeError: the model gave its head's logits at its first forward, but does not now.
         """
-        if reduction is None or not self._is_free(torch.is_grad_enabled()):
+        if call is None:
             return forward(), None
-        call = _Call(self._head, rows, n_deltas, reduction)
         undo = mark() if self.plain is None else None
-        outputs = None
-        with self._called(call):
-            try:
-                outputs = forward()
-            except Exception:
-                # Maybe because there was a tensor without numbers: with logits, we shall know.
-                if self.plain is not None or call.placeholder is None:
-                    raise
-        if call.placeholder is None and outputs is not None:
+        outputs, call.open = None, True
+        try:
+            outputs = forward()
+        except Exception:
+            # Maybe because there was a tensor without numbers: with logits, we shall know.
+            if self.plain is not None or call.placeholder is None:
+                raise
+        finally:
+            call.open = False
+        if call.placeholder is None:
             return outputs, None
         if call.is_answered_by(outputs):
             self.plain = True
@@ -467,18 +229,6 @@ class OutputHead:
             or _is_watched(module)
             or any("forward" in vars(each) or _is_watched(each) for each in self._around)
         )
-
-    @contextmanager
-    def _called(self, call: _Call) -> Iterator[None]:
-        own = vars(self._head.module)
-        found = own.get("forward")
-        try:
-            self._head.module.forward = call.forward
-            yield
-        finally:
-            own.pop("forward", None)
-            if found is not None:
-                self._head.module.forward = found
 
 
 def output_head(model: nn.Module) -> nn.Linear | None:
