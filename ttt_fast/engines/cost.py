@@ -404,7 +404,7 @@ def _logit_bytes(work: Workload, rows: int, engine: str) -> int:
         trains = any(layer.head and layer.adapted_out for layer in work.layers)
         if engine == "dense" and trains:
             return 0  # they become a factor of the gradient, and that is saved
-        return min(tokens, most_tokens(token_bytes)) * token_bytes
+        return (tokens if trains else min(tokens, most_tokens(token_bytes))) * token_bytes
     # The logits, and their gradient in a copy; stock torch's loss has a log-softmax in fp32 at
     # least, and a cast of 16-bit logits.
     numbers = 2 * work.itemsize

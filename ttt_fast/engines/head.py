@@ -106,7 +106,7 @@ class _Call:
     def _token_losses(self, x: Tensor) -> Tensor:
         """Losses (n, M'), without a gradient."""
         rows, losses = self.asked.rows(x), self.asked.scale.new_empty(self.asked.scale.shape)
-        for part in self.asked.chunks(len(self.head.module.weight) * x.itemsize):
+        for part in self.head.chunks(self.asked):
             z = self.head.logits(rows[:, part])
             z = z.to(losses.dtype).flatten(0, 1)
             targets = self.asked.targets[:, part]

@@ -97,14 +97,6 @@ class Asked:
     def _taken(self, rows: Tensor) -> Tensor:
         return rows if self._index is None else rows.index_select(0, self._index)
 
-    def chunks(self, token_bytes: int) -> Iterator[slice]:
-        """Slices of 0 … M'."""
-        n, count = self.targets.shape
-        size = tokens_at_once(n * count, token_bytes, self.targets.device.type)
-        step = max(1, size // n)
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
-
 
 def loss_and_gradient_(z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     """Losses (n, m) of logits z (n, m, V), which become s ∘ (softmax(z) − onehot)."""
@@ -150,6 +142,13 @@ class FrozenHead:
         """Groups of rows that are told apart."""
         return 1
 
+    def chunks(self, asked: Asked) -> Iterator[slice]:
+        """Parts of the tokens asked for, of which the logits are there together."""
+        count, token_bytes = asked.targets.shape[1], self.module.weight[:, 0].nbytes
+        size = tokens_at_once(count, token_bytes, asked.targets.device.type)
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+
     def logits(self, x: Tensor) -> Tensor:
         """Logits of rows x (n, m, D), as the module gives them."""
         return F.linear(x, self.module.weight, self.module.bias)
@@ -161,7 +160,7 @@ class FrozenHead:
         weight, rows = self.module.weight.detach(), asked.rows(x)
         losses = asked.scale.new_empty(asked.scale.shape)
         dx = torch.empty_like(rows) if needs_dx else None
-        for part in asked.chunks(len(weight) * x.itemsize):
+        for part in self.chunks(asked):
             z = _with_bias_(linear(rows[:, part], weight), self.module.bias)
             losses[:, part] = loss_and_gradient_(z, asked.targets[:, part], asked.scale[:, part])
             if needs_dx:
@@ -177,6 +176,9 @@ class FrozenHead:
 
 class FactoredHead(FrozenHead):
     """A head whose weight trains as factors: dz goes to their rows as soon as it is there.
+
+    All tokens go together, so that the factors of earlier steps are read once; they are as large,
+    for each step, as the logits.
 
     Args:
         site: what stands in for the head.
@@ -200,29 +202,26 @@ class FactoredHead(FrozenHead):
         """One for each delta."""
         return self._site.desk.layout.n
 
+    def chunks(self, asked: Asked) -> Iterator[slice]:
+        """All."""
+        yield slice(0, asked.targets.shape[1])
+
     def logits(self, x: Tensor) -> Tensor:
         """Logits of rows x (n, m, D) of the deltas."""
         site = self._site
-        return site.product(x.contiguous(), site.effective_bias(), site.desk.layout)
+        return site.product(x, site.effective_bias(), site.desk.layout)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, asked: Asked, needs_dx: bool
     ) -> tuple[Tensor, Saved]:
-        """Losses (n, M'), and dh; to the factors, a chunk is a use of the weight."""
+        """Losses (n, M'), dh and the gradient of the bias."""
         site, layout = self._site, self._site.desk.layout
-        rows, losses = asked.rows(x), asked.scale.new_empty(asked.scale.shape)
-        dx = torch.empty_like(rows) if needs_dx else None
-        dbias = None if bias is None else torch.zeros_like(bias)
-        for part in asked.chunks(len(self.module.weight) * x.itemsize):
-            some = rows[:, part].contiguous()
-            start, place = site.record(some, some, layout, None)
-            z = site.product(some, bias, layout, place)
-            losses[:, part] = loss_and_gradient_(z, asked.targets[:, part], asked.scale[:, part])
-            gradient, _ = site.record_gradient(z, start, layout, None, needs_dx)
-            if needs_dx:
-                dx[:, part] = gradient
-            if dbias is not None:
-                dbias += z.sum(1, dtype=dbias.dtype)
+        rows = asked.rows(x)
+        start, place = site.record(rows, rows, layout, None)
+        z = site.product(rows, bias, layout, place)
+        losses = loss_and_gradient_(z, asked.targets, asked.scale)
+        dx, dz = site.record_gradient(z, start, layout, None, needs_dx)
+        dbias = None if bias is None else dz.sum(1, dtype=bias.dtype)
         return losses, (asked.spread(dx) if needs_dx else None, dbias)
 
     def backward(
