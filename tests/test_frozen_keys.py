@@ -330,6 +330,8 @@ def test_spans_that_do_not_fit():
         for span in [(-1, 5), (5, 6), (7, 5), (38, T + 1)]:
             with pytest.raises(ValueError, match="of a context of 40 tokens"):
                 frozen.spans([span])
+        with pytest.raises(ValueError, match="leave out past_key_values and position_ids"):
+            steps.prefill(frozen.spans([(3, 9)]))
         with pytest.raises(ValueError, match="no context 1"):
             frozen.spans([(0, 5)], rows=[1])
 
@@ -348,10 +350,14 @@ def test_a_model_without_a_cache_is_refused():
 
 
 def test_a_soft_cap_is_not_forgotten():
-    model = fp64("gemma2")
-    model.config._attn_implementation = "sdpa"
-    with unchanged(model), pytest.raises(ValueError, match="softcap"):
-        session(model, "factored", SPANS[1:])
+    model = fp64("gemma2", "eager")
+    with unchanged(model), trainer_of(model).begin() as steps:
+        frozen = steps.prefill(Batch(CONTEXT))
+        model.config._attn_implementation = "sdpa"
+        with pytest.raises(
+            ValueError, match="Gemma2Attention has softcap, which torch's attention"
+        ):
+            steps.step(frozen.spans([(20, 30)]))
 
 
 def test_an_attention_that_is_not_replaced_is_noticed(monkeypatch):

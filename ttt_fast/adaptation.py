@@ -199,7 +199,10 @@ class Adaptation:
             return self._generate_each(ids, mask, kwargs, held, kept)
 
     def loss(self, input_ids: Any = None, labels: Tensor | None = None) -> Tensor:
-        """Loss of every delta on ids, default on its own prompt, without a gradient: (D,)."""
+        """Loss of every delta on ids, default on its own prompt, without a gradient: (D,).
+
+        All of it is computed with the adapted weights, with kv="frozen", too.
+        """
         self._require_active()
         batch = self.prompt if input_ids is None else self._batch_of(input_ids, labels)
         if batch is None:

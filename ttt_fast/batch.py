@@ -32,7 +32,8 @@ class Batch:
         token_weights: (N, T) weight of predicting the token at each position.
         row_weights: (N,) weight of each row in its delta's loss; default the mean over the delta's
             rows.
-        past_key_values: a cache in front of the rows, for models that take one.
+        past_key_values: a cache in front of the rows, for models that take one; or, of spans, what
+            :meth:`ttt_fast.frozen_keys.FrozenKeys.spans` puts there.
         delta_index: (N,) int64, which delta each row belongs to; default all 0.
     """
 

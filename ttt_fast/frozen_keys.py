@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ttt_fast.batch import IGNORE_INDEX, Batch, forward_arguments, pad_rows
+from ttt_fast.batch import IGNORE_INDEX, Batch, complete_batch, forward_arguments, pad_rows
 from ttt_fast.config import TTTConfig
 from ttt_fast.span_cache import Layers, SpanCache
 
@@ -138,6 +138,20 @@ class FrozenKeys:
         for number, layer in enumerate(SpanCache([self._layers[n] for n in rows], lengths).layers):
             cache.update(*layer.before(width), number)
         return cache
+
+
+def complete_contexts(contexts: Batch, model: nn.Module, n_deltas: int) -> Batch:
+    """As :func:`ttt_fast.batch.complete_batch`, for rows that begin with their first token.
+
+    Raises:
+        ValueError: they do not, or do not fit the model.
+    """
+    if contexts.past_key_values is not None or contexts.position_ids is not None:
+        raise ValueError(
+            "prefill: a context begins with its first token; leave out past_key_values and"
+            " position_ids."
+        )
+    return complete_batch(contexts, model, n_deltas)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.engines.policy import Choice
 from ttt_fast.engines.prefix import FrozenPrefix
-from ttt_fast.frozen_keys import FrozenKeys, prefill
+from ttt_fast.frozen_keys import FrozenKeys, complete_contexts, prefill
 from ttt_fast.history import History
 from ttt_fast.objective import Objective, reduce_rows
 from ttt_fast.profiling import Phases
@@ -184,13 +184,13 @@ class Session:
         """Keys and values of contexts with the unadapted weights, for steps on spans of them.
 
         Args:
-            contexts: one in each row, with ``delta_index``; neither labels nor weights matter.
+            contexts: one in each row, with ``delta_index``; labels and weights do not matter.
 
         Raises:
             ValueError: the contexts do not fit, or the model gives no keys and values.
         """
         self._require_open()
-        contexts = complete_batch(contexts, self.model, self.n_deltas)
+        contexts = complete_contexts(contexts, self.model, self.n_deltas)
         with self._unharmed(), self.phases("prefill"):
             return unadapted_keys(self.model, self.engine, contexts)
 

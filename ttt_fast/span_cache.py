@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from ttt_fast.span_attention import Past, span_attention
 
@@ -204,9 +204,6 @@ def reading(model: nn.Module, cache: Any, dropout: bool = False) -> Iterator[Non
     if not isinstance(cache, SpanCache):
         yield
         return
-    if _NAME not in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(_NAME, _attention)
-        AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     found = [] if dropout or _autocast(model) else _configs(model)
     try:
         for config in found:
@@ -229,9 +226,10 @@ def attends_apart(model: nn.Module) -> bool:
 
 def _configs(model: nn.Module) -> list[Any]:
     """Configurations that decide for torch's attention, as long as nothing is compiled."""
-    if hasattr(model, "_orig_mod") or not _asks_the_interface(type(model)):
+    kinds = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    if hasattr(model, "_orig_mod") or not all(map(_asks_the_interface, kinds)):
         return []
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs = {id(m.config): m.config for m in model.modules() if type(m) in kinds}
     return [each for each in configs.values() if getattr(each, _SETTING, None) == "sdpa"]
 
 
@@ -240,5 +238,10 @@ def _autocast(model: nn.Module) -> bool:
 
 
 @remember
-def _asks_the_interface(kind: type[nn.Module]) -> bool:
-    return getattr(kind, "_can_set_attn_implementation", lambda: False)()
+def _asks_the_interface(kind: type[PreTrainedModel]) -> bool:
+    return kind._can_set_attn_implementation()
+
+
+# A name that no model's configuration has but in `reading`; masks are as for torch's attention.
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

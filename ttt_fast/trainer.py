@@ -82,7 +82,7 @@ class TTTTrainer:
         Args:
             n_deltas: D.
             n_tokens: tokens that a delta sees in a step, for engine="auto" and the memory budget to
-                plan with; default 64.
+                plan with; default 64. With kv="frozen", of a delta's contexts.
 
         Raises:
             RuntimeError: another session or adaptation holds the model.
