@@ -146,12 +146,17 @@ def complete_contexts(contexts: Batch, model: nn.Module, n_deltas: int) -> Batch
     Raises:
         ValueError: they do not, or do not fit the model.
     """
-    if contexts.past_key_values is not None or contexts.position_ids is not None:
+    complete = complete_batch(contexts, model, n_deltas)
+    there = complete.attention_mask != 0
+    counted = (complete.attention_mask.cumsum(1) - 1)[there]
+    given = complete.position_ids
+    moved = given is not None and bool((given[there] != counted).any())
+    if complete.past_key_values is not None or moved:
         raise ValueError(
-            "prefill: a context begins with its first token; leave out past_key_values and"
-            " position_ids."
+            "prefill: a context begins with its first token, at position 0; leave out"
+            " past_key_values and position_ids."
         )
-    return complete_batch(contexts, model, n_deltas)
+    return complete
 
 
 @torch.no_grad()

@@ -65,19 +65,18 @@ class _SpanAttention(torch.autograd.Function):
         out = q.new_empty(N, H, t, v.shape[-1])
         lse = q.new_empty(N, k.shape[1], H // k.shape[1] * t, 1, dtype=wide)
         for n in range(N):
-            total, peak = None, None
             rows = _Rows(q, k, n, mask, scale)
+            total, mass, peak = 0.0, 0.0, torch.full_like(lse[n], torch.finfo(wide).min)
             for keys, values, allowed in rows.tiles(past[n], k[n], v[n]):
                 scores = rows.scores(keys, allowed)
-                part_lse = scores.logsumexp(-1, keepdim=True).clamp_(min=torch.finfo(wide).min)
-                part = scores.sub_(part_lse).exp_() @ values.to(wide)
-                if total is None:
-                    total, peak = part, part_lse
-                    continue
-                both = torch.logaddexp(peak, part_lse)
-                total.mul_((peak - both).exp_()).add_(part.mul_((part_lse - both).exp_()))
-                peak = both
-            out[n], lse[n] = rows.ungrouped(total), peak
+                higher = torch.maximum(peak, scores.amax(-1, keepdim=True))
+                P, shrink = scores.sub_(higher).exp_(), (peak - higher).exp_()
+                total = shrink * total + P @ values.to(wide)
+                mass = shrink * mass + P.sum(-1, keepdim=True)
+                peak = higher
+            # A token that sees nothing gets 0.
+            mass = mass.clamp_(min=torch.finfo(wide).tiny)
+            out[n], lse[n] = rows.ungrouped(total / mass), peak + mass.log()
         ctx.save_for_backward(q, k, v, out, lse, mask)
         ctx.past, ctx.scale = past, scale
         return out
