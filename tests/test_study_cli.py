@@ -60,6 +60,18 @@ def test_a_study(arguments, tmp_path, capsys):
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
 
 
+def test_the_report_of_what_is_there(arguments, tmp_path, capsys):
+    assert run(capsys, arguments)[0] == 0
+    page = (tmp_path / "out" / "table.csv").read_bytes()
+    code, out, err = run(capsys, ["study-report", tmp_path / "out", "--out", tmp_path / "page"])
+    assert code == 0, err
+    assert "sgd lr 0.01, decay 0, momentum 0.9, no clip, ffn" in out
+    assert (tmp_path / "page" / "table.csv").read_bytes() == page
+    code, _, err = run(capsys, ["study-report", tmp_path])
+    assert code == 2
+    assert "study.json: cannot be read" in err
+
+
 def test_the_plan_alone(arguments, tmp_path, capsys):
     code, out, err = run(capsys, [*arguments, "--plan"])
     assert code == 0
