@@ -3,21 +3,21 @@
 ``TTTConfig(kv="frozen")``, the method of Bansal et al. (2025), "Let's (not) just put things in
 Context: Test-Time Training for Long-Context LLMs" (arXiv 2512.13898): one prefill of the context;
 each step takes a span of it, whose tokens go through the adapted model and attend to the frozen
-keys and values of all before them; the answer is generated from the frozen ones, too.
+keys and values of all before them. Here an answer is generated from the frozen ones, too.
 
     L = − 1/k Σ_{i = s}^{s + k − 1} log p(x_{i+1} | K₀, V₀ of x_{< s}, x_{s..i})      s at random
 
 ("sum" leaves out 1/k.) The span's own keys and values are computed with the adapted weights. This
 is another objective than that of ``kv="exact"``, where nothing is frozen: it costs span · context
 attention in place of context², and its gradient does not see what adapted weights would make of the
-context. The method trains the queries, for which weights alone the prefix is right in the lowest
-layer; any other scope is the same objective, in which what the parameter would change before the
-span is left out.
+context. The method trains the queries; with any other scope, too, what lies before a span stays as
+the unadapted weights made it, also where an adapted parameter would change it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class FrozenKeys:
         if self._row_weights is None:
             return batch
         weights = self._row_weights[rows].repeat_interleave(config.spans) / config.spans
-        return Batch(**(vars(batch) | {"row_weights": weights}))
+        return replace(batch, row_weights=weights)
 
     def cache(self, rows: Sequence[int], width: int) -> DynamicCache:
         """A cache of all tokens but the last of some contexts, to go on from.

@@ -4,7 +4,7 @@ Torch's attention differentiates all keys and values, repeats them for grouped q
 them in one tensor. Here those before the span stay where they are: tile by tile, query heads that
 share one go through it together, and no gradient for it is formed (2 of 7 products less).
 
-    o = softmax(s q [K₀; k]ᵀ) [V₀; v]      over tiles, merged by their log-sum-exp
+    o = softmax(s q [K₀; k]ᵀ) [V₀; v]      over tiles, with a running maximum
     dS = P ∘ (do [V₀; v]ᵀ − Σ do ∘ o)      dq = s dS [K₀; k]     dk = s dSᵀ q     dv = Pᵀ do
 """
 
