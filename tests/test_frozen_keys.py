@@ -269,6 +269,22 @@ def test_prompts_of_any_lengths_as_each_alone(engine, attention):
 
 
 @ENGINES
+def test_one_stops_and_the_others_go_on(engine):
+    model = fp64()
+    prompts = [prompt_ids(n, seed=n)[0] for n in (40, 30, 23)]
+    trainer = trainer_of(model, engine, steps=3, span_tokens=6)
+
+    def stop(report):
+        return report.step == 2 and not report.losses[1].isnan()
+
+    with trainer.adapt(prompts, deltas="independent", stop=stop) as adapted:
+        assert adapted.steps.tolist() == [3, 2, 3]
+        ours = [results(adapted, trainer, delta) for delta in (0, 2)]
+    for ids, result in zip((prompts[0], prompts[2]), ours, strict=True):
+        assert agree(result, alone(model, engine, ids), tolerance=1e-11)
+
+
+@ENGINES
 def test_the_spans_of_a_step_have_their_mean(engine):
     model = fp64()
     options = dict(lr=0.1, steps=1, span_tokens=6, seed=2)

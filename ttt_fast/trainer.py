@@ -410,7 +410,8 @@ class TTTTrainer:
         active, parts = list(deltas), [(deltas, rows)]
         for step in range(self.config.steps):
             if frozen is not None:
-                parts = session.parts(frozen.drawn(self.config, step, active))
+                drawn = frozen.drawn(self.config, step, active)
+                parts = [(deltas, drawn)] if active == [*deltas] else session.parts(drawn)
             # The session counts the steps of all deltas, a user those of the prompt.
             report = replace(session.step_parts(parts), step=step + 1)
             bar.update(len(active))
