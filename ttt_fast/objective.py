@@ -131,3 +131,19 @@ def reduce_rows(row_losses: Tensor, row_weights: Tensor | None, n_deltas: int = 
     if row_weights is None:
         return row_losses.view(n_deltas, -1).mean(1)
     return (row_losses * row_weights.to(row_losses.dtype)).view(n_deltas, -1).sum(1)
+
+
+def delta_losses(objective: Objective, outputs: Any, rows: Batch, n_deltas: int) -> Tensor:
+    """Loss of each delta (n,) by an objective, from what the model returned for their rows.
+
+    Raises:
+        ValueError: the objective did not return one loss for each row.
+    """
+    losses = objective(outputs, rows)
+    if not isinstance(losses, Tensor) or losses.shape != (rows.n_rows,):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"adapt: the objective returned {got}; it must return one loss for each of the"
+            f" {rows.n_rows} rows, a tensor of shape ({rows.n_rows},)."
+        )
+    return reduce_rows(losses, rows.row_weights, n_deltas)

@@ -29,10 +29,12 @@ from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.engines.policy import Choice
 from ttt_fast.engines.prefix import FrozenPrefix
+from ttt_fast.frozen_keys import FrozenKeys, complete_contexts, prefill
 from ttt_fast.history import History
-from ttt_fast.objective import Objective, fused_reduction, reduce_rows
+from ttt_fast.objective import Objective, delta_losses, fused_reduction
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
+from ttt_fast.span_cache import reading
 
 if TYPE_CHECKING:
     from ttt_fast.adaptation import Adaptation
@@ -177,6 +179,21 @@ class Session:
                     )
         return losses
 
+    @torch.inference_mode(False)
+    def prefill(self, contexts: Batch) -> FrozenKeys:
+        """Keys and values of contexts with the unadapted weights, for steps on spans of them.
+
+        Args:
+            contexts: one in each row, with ``delta_index``; labels and weights do not matter.
+
+        Raises:
+            ValueError: the contexts do not fit, or the model gives no keys and values.
+        """
+        self._require_open()
+        contexts = complete_contexts(contexts, self.model, self.n_deltas)
+        with self._unharmed(), self.phases("prefill"):
+            return unadapted_keys(self.model, self.engine, contexts)
+
     def end(self) -> Adaptation:
         """Stop training; the adaptation takes over the session's hold of the model."""
         from ttt_fast.adaptation import Adaptation
@@ -227,6 +244,7 @@ class Session:
             engine.recording(deltas, rows),
             self._prefix.reused(rows),
             nullcontext() if self._checkpointing is None else self._checkpointing.around(rows),
+            reading(self.model, rows.past_key_values, self.config.dropout),
             engine.head.answering(rows, len(deltas), fused_reduction(self.objective)) as call,
         ):
             with self.phases("forward"), held.released():
@@ -413,6 +431,7 @@ def evaluate(
         uninterrupted() as held,
         torch.no_grad(),
         evaluating(model),
+        reading(model, rows.past_key_values),
         engine.head.answering(rows, n_deltas, fused_reduction(objective)) as call,
         held.released(),
     ):
@@ -422,16 +441,10 @@ def evaluate(
         return delta_losses(objective, outputs, rows, n_deltas) if losses is None else losses
 
 
-def delta_losses(objective: Objective, outputs: Any, rows: Batch, n_deltas: int) -> Tensor:
-    """Loss of each delta (n,) from what the model returned for their rows."""
-    losses = objective(outputs, rows)
-    if not isinstance(losses, Tensor) or losses.shape != (rows.n_rows,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"adapt: the objective returned {got}; it must return one loss for each of the"
-            f" {rows.n_rows} rows, a tensor of shape ({rows.n_rows},)."
-        )
-    return reduce_rows(losses, rows.row_weights, n_deltas)
+def unadapted_keys(model: nn.Module, engine: Engine, contexts: Batch) -> FrozenKeys:
+    """Keys and values of complete contexts with the weights that an engine found."""
+    with uninterrupted() as held, engine.unadapted(), evaluating(model), held.released():
+        return prefill(model, contexts)
 
 
 class uninterrupted:
