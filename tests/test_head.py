@@ -106,6 +106,18 @@ def test_whatever_counts_and_however_it_is_cut(engine, kind, reduction, chunk, m
 
 
 @ENGINES
+@pytest.mark.parametrize("scope", ["all", "ffn"])
+def test_where_the_host_does_not_count_labels(engine, scope, monkeypatch):
+    """As on other devices: all tokens have logits, and padding may hold anything."""
+    model, batch = fp64("llama_tied"), batch_of("padded")
+    theirs, _ = run(model, batch, with_logits(), engine=engine, scope=scope)
+    monkeypatch.setattr(head_kinds, "_can_be_counted", lambda targets: False)
+    ours, head = run(model, batch, engine=engine, scope=scope)
+    assert head.plain
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
+
+
+@ENGINES
 @pytest.mark.parametrize(
     "options",
     [dict(checkpointing=True), dict(layers="-1:"), dict(scope="norm"), dict(weight_decay=0.1)],
@@ -442,10 +454,12 @@ def test_a_gradient_of_anything_but_the_sum_is_noticed():
         (2 * losses).sum().backward()
 
 
-@pytest.mark.parametrize("engine", ["dense", "factored"])
+@ENGINES
+@pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("scope", ["all", "ffn", "head"])
-def test_padding_that_holds_nan(engine, scope):
+def test_padding_that_holds_nan(engine, scope, counted, monkeypatch):
     """What the head is given is NaN at padding; neither losses nor gradients are."""
+    monkeypatch.setattr(head_kinds, "_can_be_counted", lambda targets: counted)
     model = fp64("llama")
     ids, mask = pad_rows([prompt_ids(n, seed=n)[0] for n in (9, 5)], 0, "right")
     # Two deltas with unlike numbers of labels where they go through the model together.

@@ -18,8 +18,8 @@ from ttt_fast.engines.gradients import LinearSlots
 from ttt_fast.engines.products import linear
 from ttt_fast.engines.takeover import LinearSite
 
-# Bytes of the logits of one chunk. More tokens at once read the weights less often, and 16 MiB are
-# 85 tokens of SmolLM2's in float32, where a product takes longer than the reading.
+# Bytes of the logits of one chunk: of 85 tokens of SmolLM2's in float32. With more tokens at once
+# the weights are read less often, but by then the arithmetic takes longer.
 CPU_LOGIT_BYTES = 16 << 20
 DEVICE_LOGIT_BYTES = 256 << 20
 
@@ -66,7 +66,7 @@ class Asked:
         by_group = targets.reshape(n, -1)
         labelled = by_group != IGNORE_INDEX
         self._index = self._ignored = None
-        if targets.device.type == "cpu":
+        if _can_be_counted(targets):
             counts = labelled.sum(1)
             most = int(counts.max())
             order = (~labelled).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
@@ -96,6 +96,11 @@ class Asked:
 
     def _taken(self, rows: Tensor) -> Tensor:
         return rows if self._index is None else rows.index_select(0, self._index)
+
+
+def _can_be_counted(targets: Tensor) -> bool:
+    """Whether the host need not wait for numbers of a device."""
+    return targets.device.type == "cpu"
 
 
 def loss_and_gradient_(z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
