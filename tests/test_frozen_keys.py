@@ -383,7 +383,12 @@ def test_an_attention_that_is_not_replaced_is_noticed(monkeypatch):
     model = fp64()
     sdpa = span_cache.AttentionInterface()["sdpa"]
     monkeypatch.setitem(span_cache.AttentionInterface._global_mapping, "ttt_fast_span", sdpa)
-    monkeypatch.setattr(span_cache._Layer, "get_mask_sizes", lambda self, n: (n, 0))
+    sizes = span_cache._Layer.get_mask_sizes
+
+    def of_the_span(self, given):
+        return sizes(self, given)[0] - self.get_seq_length(), 0
+
+    monkeypatch.setattr(span_cache._Layer, "get_mask_sizes", of_the_span)
     offset = dict(raising=False)  # transformers 5 asks for it
     monkeypatch.setattr(span_cache.SpanCache, "get_query_offset", lambda *args: 0, **offset)
     with unchanged(model), pytest.raises(ValueError, match="layer 0 does not go through"):
