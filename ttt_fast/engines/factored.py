@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,8 +21,18 @@ from transformers.pytorch_utils import Conv1D
 from ttt_fast import profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
-from ttt_fast.engines.factors import Inputs, MatrixFactors, Padding, Rows, Track, VectorFactors
+from ttt_fast.engines.factors import (
+    Inputs,
+    Lookups,
+    MatrixFactors,
+    Padding,
+    Rows,
+    Track,
+    VectorFactors,
+)
 from ttt_fast.engines.groups import group_config, group_of_each
+from ttt_fast.engines.head import OutputHead, output_head
+from ttt_fast.engines.head_kinds import FactoredHead, FrozenHead
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
@@ -76,6 +86,7 @@ class FactoredEngine:
         taken = {site.module for site in self._sites}
         pieces = pieces_of(model, config.backend, self.desk.is_differentiated)
         self._pieces = [piece for piece in pieces if piece.module not in taken]
+        self.head = OutputHead(model, self._trained_head())
         self.placement = self._placement_now()
         self._inputs: list[Inputs] = []
         self._attached = ExitStack()
@@ -210,11 +221,7 @@ class FactoredEngine:
         try:
             yield
         finally:
-            for inputs in self._inputs:
-                inputs.forget()
-            for factors in self.factors:
-                factors.open_forward()
-            self.desk.newest = None
+            self._forget_forward()
             self.desk.layout = shown
 
     @contextmanager
@@ -225,6 +232,17 @@ class FactoredEngine:
             yield
         finally:
             self.desk.recomputing = False
+
+    def mark(self) -> Callable[[], None]:
+        """Note what is recorded; return what takes back the rest of a forward."""
+        found = {id(each): each.pending for each in self._recorders()}
+
+        def undo() -> None:
+            self._forget_forward()
+            for each in self._recorders():
+                each.pending = found.get(id(each), each.rows)
+
+        return undo
 
     @torch.no_grad()
     def update(self, deltas: Sequence[int], found_inf: Tensor) -> Tensor:
@@ -289,6 +307,28 @@ class FactoredEngine:
         self._new_step()
         # The coefficients that forwards outside a step use are the new ones.
         self.show(self.desk.layout.deltas)
+
+    def _recorders(self) -> list[Inputs | Lookups]:
+        """Whatever writes rows in a forward."""
+        lookups = (each.lookups for each in self.factors if isinstance(each, MatrixFactors))
+        return [*self._inputs, *(each for each in lookups if each is not None)]
+
+    def _forget_forward(self) -> None:
+        for inputs in self._inputs:
+            inputs.forget()
+        for factors in self.factors:
+            factors.open_forward()
+        self.desk.newest = None
+
+    def _trained_head(self) -> FrozenHead | None:
+        """The model's head and how it trains, if there is one that is known."""
+        module = output_head(self._model)
+        sites = [site for site in self._sites if site.module is module]
+        if module is None or not sites:
+            return None if module is None else FrozenHead(module)
+        matrix = sites[0].matrix
+        whole = matrix is not None and matrix.selection.rows is None
+        return FactoredHead(sites[0]) if whole else None
 
     def _placement_now(self) -> Placement:
         return Placement([(each.name, each.param) for each in self.selections], self._model)
