@@ -21,6 +21,7 @@ _CHOICES = {
     "snapshot": ("device", "host", "undo"),
     "backend": ("auto", *BACKENDS),
     "checkpointing": ("auto", True, False),
+    "cuda_graph": ("auto", True, False),
 }
 _GROUP_OPTIONS = (
     "lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "betas",
@@ -68,6 +69,10 @@ class TTTConfig:
         checkpointing: compute decoder layers again in the backward pass: True, False, or "auto",
             where the predicted peak does not fit the memory otherwise. Of a layer only the input
             is kept then. Exact, and a third more time.
+        cuda_graph: on a CUDA device, record the steps of ``adapt`` and replay them for later
+            prompts of the same shape, from the third on: True, False, or "auto", where it can be
+            done (:mod:`ttt_fast.graphs`); True raises and says why it cannot. At most 4 graphs are
+            kept, each with the memory that one step needs.
         check_every: steps between looks at the losses for non-finite values; default 1 on a CPU,
             ``steps`` on a GPU, where a look waits for the device. Whatever it is, nothing is
             written after a step that was not finite.
@@ -102,6 +107,7 @@ class TTTConfig:
     max_batch_tokens: int | None = 2048
     memory_budget: int | None = None
     checkpointing: bool | str = "auto"
+    cuda_graph: bool | str = "auto"
     check_every: int | None = None
     backend: str = "auto"
 

@@ -23,6 +23,7 @@ from ttt_fast.engines.budget import refusal
 from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
+from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
 from ttt_fast.objective import Objective, negative_log_likelihood
 from ttt_fast.scope import select_parameters
 from ttt_fast.session import Session, StepReport, holder, require_free
@@ -59,6 +60,7 @@ class TTTTrainer:
         self.model = model
         self.config = TTTConfig() if config is None else config
         self.tokenizer = tokenizer
+        self._own_objective = objective is not None
         self.objective = objective or partial(
             negative_log_likelihood,
             reduction=self.config.reduction,
@@ -73,6 +75,7 @@ class TTTTrainer:
                     " trained. Load the model outside torch.inference_mode()."
                 )
         self._engines: dict[str, DenseEngine | FactoredEngine] = {}
+        self._graphs: dict[str, LoopGraphs] = {}
         self._work: Workload | None = None
 
     def begin(self, n_deltas: int = 1, n_tokens: int | None = None) -> Session:
@@ -157,6 +160,8 @@ class TTTTrainer:
         if name not in self._engines or self._engines[name].in_use:
             kind = FactoredEngine if name == "factored" else DenseEngine
             self._engines[name] = kind(self.model, self.selections, self.config)
+            # A graph knows the addresses of one engine's buffers.
+            self._graphs[name] = LoopGraphs()
         return self._engines[name]
 
     def adapt(
@@ -340,6 +345,7 @@ class TTTTrainer:
         progress: bool,
     ) -> Adaptation:
         """All steps of all deltas of a complete batch."""
+        reason = self._graph_obstacle(watched=on_step is not None or stop is not None)
         try:
             with (
                 profiling.annotate("adapt", self.selections[0].param.device),
@@ -351,9 +357,14 @@ class TTTTrainer:
                     leave=False,
                 ) as bar,
             ):
-                for deltas, rows in session.parts(batch):
-                    self._adapt_part(session, deltas, rows, on_step, stop, bar)
+                parts, graphs = session.parts(batch), self._graphs[session.engine.name]
+                if reason is None and graphs.take_steps(session, parts):
+                    bar.update(bar.total)
+                else:
+                    for deltas, rows in parts:
+                        self._adapt_part(session, deltas, rows, on_step, stop, bar)
                 adaptation = session.end()
+            adaptation.cuda_graph = graphs.status if reason is None else one_by_one(reason)
             adaptation.prompt, adaptation.tokenizer = batch, self.tokenizer
             adaptation.choice, adaptation.diverged = session.choice, session.diverged
             return adaptation
@@ -361,6 +372,15 @@ class TTTTrainer:
             # Ctrl-C may have come between two lines, while nobody else would have restored.
             self.restore()
             raise
+
+    def _graph_obstacle(self, watched: bool) -> str | None:
+        """Why steps are not recorded, in words; None where they may be."""
+        if self.config.cuda_graph is False:
+            return "cuda_graph=False"
+        reason = obstacle(self.model, self.config, self._own_objective, watched)
+        if reason is not None:
+            demand(self.config, reason)
+        return reason
 
     def _adapt_part(
         self,
