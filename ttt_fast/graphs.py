@@ -37,10 +37,9 @@ from ttt_fast.session import LoopState, Session
 Parts = Sequence[tuple[tuple[int, ...], Batch]]
 
 # Graphs that a trainer keeps for each of its engines; each has memory of its own for what the steps
-# compute, about as much as one step needs at its peak.
+# compute, about as much as one step needs at its peak. Recording takes as long as two prompts, so
+# that a shape has to come twice among as many: prompts of all lengths in any order record nothing.
 KEPT = 4
-# Shapes that are remembered as seen once.
-_SEEN = 256
 
 
 class Graph(Protocol):
@@ -140,7 +139,7 @@ class LoopGraphs:
     def __init__(self) -> None:
         self.status = ""
         self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._recent: OrderedDict[Hashable, None] = OrderedDict()
         self._broken: str | None = None
 
     @property
@@ -170,17 +169,15 @@ class LoopGraphs:
             self.status = one_by_one(reason)
             return False
         key = _key(session, parts)
-        loop = self._find(key, session)
-        if loop is None and key not in self._seen:
-            self._note(key)
-            self.status = one_by_one("the first prompt of its shape; the second is recorded")
+        recent, loop = self._note(key), self._find(key, session)
+        if loop is None and not recent:
+            self.status = one_by_one("the first prompt of its shape lately; the next is recorded")
             return False
         loop = loop or self._record(key, session, parts)
         if loop is None:
             return False
         if not loop.verified:
-            self._verify(loop, session, parts)
-            return True
+            return self._verify(loop, session, parts)
         with session.phases("replay"):
             loop.replay(parts)
         session.adopt(loop.state)
@@ -197,10 +194,14 @@ class LoopGraphs:
         self._loops[key] = loop
         return loop
 
-    def _note(self, key: Hashable) -> None:
-        self._seen[key] = None
-        if len(self._seen) > _SEEN:
-            self._seen.popitem(last=False)
+    def _note(self, key: Hashable) -> bool:
+        """Whether it is among the last ones; from now on it is."""
+        recent = key in self._recent
+        self._recent[key] = None
+        self._recent.move_to_end(key)
+        if len(self._recent) > KEPT:
+            self._recent.popitem(last=False)
+        return recent
 
     def _record(self, key: Hashable, session: Session, parts: Parts) -> _Loop | None:
         """Record the loop; the session is then as it was. None where that failed."""
@@ -224,11 +225,19 @@ class LoopGraphs:
         self._loops[key] = loop = _Loop(graph, own, state, before)
         return loop
 
-    def _verify(self, loop: _Loop, session: Session, parts: Parts) -> None:
-        """Replay, and take the steps one by one, which is what counts; compare."""
-        with session.phases("replay"):
-            loop.replay(parts)
-        replayed = loop.state.measured.cpu().double()
+    def _verify(self, loop: _Loop, session: Session, parts: Parts) -> bool:
+        """Replay, and take the steps one by one, which is what counts; compare.
+
+        False where there could be no replay, and no step was taken.
+        """
+        try:
+            with session.phases("replay"):
+                loop.replay(parts)
+            replayed = loop.state.measured.cpu().double()
+        except Exception as error:
+            session.restart()
+            self._give_up(session, f"a replay failed ({type(error).__name__}: {error})", error)
+            return False
         session.restart()
         for part in parts:
             for _ in range(session.config.steps):
@@ -240,13 +249,14 @@ class LoopGraphs:
         loop.verified = bool(close.all())
         if loop.verified:
             self.status = one_by_one("the graph was recorded, and checked against this")
-            return
+            return True
         first = tuple((~close).nonzero()[0].tolist())
         self._give_up(
             session,
             f"a replay gave a {('loss', 'gradient norm')[first[1]]} of {replayed[first]:g} at step"
             f" {first[0] + 1}, one by one it is {expected[first]:g}",
         )
+        return True
 
     def _give_up(self, session: Session, reason: str, error: Exception | None = None) -> None:
         """Record no more: what went wrong once would again, and cost time and memory each time."""
@@ -288,11 +298,12 @@ def obstacle(model: nn.Module, config: TTTConfig, own_objective: bool, watched: 
         own_objective: whether the objective is one that the caller wrote.
         watched: whether someone looks at the losses after each step.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({str(tensor.device) for tensor in tensors})
+    device = next(model.parameters()).device
+    if device.type not in RECORDERS:
+        return f"the model is on {device}, not on a CUDA device"
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     reasons = {
-        f"the model is on {', '.join(devices)}, not on one CUDA device": len(devices) > 1
-        or tensors[0].device.type not in RECORDERS,
+        f"the model is on {len(devices)} devices": len(devices) > 1,
         "somebody else is recording a CUDA graph": (
             torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         ),
@@ -336,10 +347,13 @@ def _obstacle_here(session: Session, parts: Parts) -> str | None:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    hooks = (
+    """Whether Python of the user's runs when the module does, or its parameters get gradients."""
+    hooks = [
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
         module._backward_pre_hooks,
-    )  # fmt: skip
+    ]  # fmt: skip
+    for param in module.parameters(recurse=False):
+        hooks += [param._backward_hooks, getattr(param, "_post_accumulate_grad_hooks", None)]
     return "forward" in vars(module) or any(hooks)
 
 

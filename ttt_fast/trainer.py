@@ -208,7 +208,7 @@ class TTTTrainer:
         )
         require_free(self.model)
         n_deltas = int(batch.delta_index.max()) + 1
-        n_tokens = batch.input_ids.shape[1] * batch.n_rows // n_deltas
+        n_tokens = self._padded_length(batch) * batch.n_rows // n_deltas
         choice = self.plan(n_deltas, n_tokens)
         begin = partial(self._begin, choice, n_deltas, n_tokens)
         return self._adapt(begin, batch, on_step, stop, progress)
@@ -267,7 +267,7 @@ class TTTTrainer:
         batch = replace(single.rows(torch.zeros(n, dtype=torch.int64)), delta_index=torch.arange(n))
         batch = complete_batch(batch, self.model, n)
         require_free(self.model)
-        n_tokens = batch.input_ids.shape[1]
+        n_tokens = self._padded_length(batch)
         choice = self.plan(n, n_tokens, "factored")
         begin = partial(self._begin, choice, n, n_tokens, configs=configs, keep_diverged=True)
         adaptation = self._adapt(begin, batch, on_step, None, progress)
@@ -357,7 +357,11 @@ class TTTTrainer:
                     leave=False,
                 ) as bar,
             ):
-                parts, graphs = session.parts(batch), self._graphs[session.engine.name]
+                graphs = self._graphs[session.engine.name]
+                parts = [
+                    (deltas, rows.padded_to(self._padded_length(rows)))
+                    for deltas, rows in session.parts(batch)
+                ]
                 if reason is None and graphs.take_steps(session, parts):
                     bar.update(bar.total)
                 else:
@@ -372,6 +376,12 @@ class TTTTrainer:
             # Ctrl-C may have come between two lines, while nobody else would have restored.
             self.restore()
             raise
+
+    def _padded_length(self, rows: Batch) -> int:
+        """Tokens that rows have in the model, with the padding that was asked for."""
+        length, multiple = rows.input_ids.shape[1], self.config.pad_to_multiple_of or 1
+        longest = context_length(self.model) or math.inf
+        return max(length, min(-(-length // multiple) * multiple, longest))
 
     def _graph_obstacle(self, watched: bool) -> str | None:
         """Why steps are not recorded, in words; None where they may be."""
