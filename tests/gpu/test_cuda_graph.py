@@ -1,7 +1,7 @@
 """Recorded loops on the device: what they leave is what steps one by one leave.
 
-A rehearsal on the CPU takes the emulation of tests/emulated_graph.py, which the tests in
-tests/test_cuda_graph.py are about.
+A rehearsal on the CPU takes the emulation of tests/emulated_graph.py, and a few of the cases: those
+in tests/test_cuda_graph.py are more.
 """
 
 import pytest
@@ -26,6 +26,9 @@ CASES = {
     "nesterov": dict(nesterov=True),
     "checkpointing": dict(checkpointing=True),
 }
+
+
+REHEARSED = ("one", "several")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,10 @@ def both(device, engine, dtype=torch.float64, lengths=(9,), count=3, **options):
 
 
 @engines
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in REHEARSED else pytest.param(name, marks=pytest.mark.cuda) for name in CASES],
+)
 def test_as_steps_one_by_one(device, engine, name):
     statuses, pairs = both(device, engine, **CASES[name])
     assert [status.startswith("replayed") for status in statuses] == [False, False, True]
@@ -74,6 +80,7 @@ def test_as_steps_one_by_one(device, engine, name):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.cuda
 @engines
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_the_dtypes_of_models(device, engine, dtype):
@@ -83,6 +90,7 @@ def test_in_the_dtypes_of_models(device, engine, dtype):
         torch.testing.assert_close(mine[0], theirs[0], rtol=torch.finfo(dtype).eps ** 0.5, atol=0)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_what_only_the_dense_engine_does(device, optimizer, rounding):
@@ -93,6 +101,7 @@ def test_what_only_the_dense_engine_does(device, optimizer, rounding):
         torch.testing.assert_close(mine[0], theirs[0], rtol=0.1, atol=0)
 
 
+@pytest.mark.cuda
 @engines
 def test_longer_prompts_in_between(device, engine):
     model = small_model().to(device)
