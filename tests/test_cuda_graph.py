@@ -543,6 +543,7 @@ REFUSED = {
     "dropout": (dict(dropout=True), dict(), "dropout=True"),
     "torch": (dict(rounding="torch"), dict(), "looks at found_inf"),
     "backend": (dict(backend="torch", engine="dense"), dict(), "looks at found_inf"),
+    "spans": (dict(kv="frozen"), dict(), "kv='frozen' takes another span"),
     "no steps": (dict(steps=0), dict(), "steps=0"),
     "positions": (dict(), dict(position_ids=torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])),
                   "position ids other than"),

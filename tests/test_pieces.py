@@ -100,7 +100,7 @@ def test_the_usual_families_are_there():
 @pytest.mark.parametrize("kind", NORMS + MLPS, ids=lambda kind: kind.__name__)
 def test_computes_as_the_models_own_code(kind, dtype):
     module = (new_norm if kind in NORMS else new_mlp)(kind, dtype)
-    (piece,) = pieces_of(module, "auto", lambda x: False)
+    piece, *_ = pieces_of(module, "auto", lambda x: False)  # and an MLP's linears
     sizes = 10.0 ** torch.randint(-2, 3, (2, 20, 1), generator=torch.Generator().manual_seed(3))
     x = (noise(2, 20, 33, seed=2) * (sizes if kind in NORMS else 1)).to(dtype)
     dy = noise(2, 20, 33, seed=4).to(dtype)

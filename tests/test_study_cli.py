@@ -12,6 +12,7 @@ import pytest
 from tests import study_cases as cases
 from ttt_fast import TTTConfig, cli
 from ttt_fast.arguments import build_parser, study_settings
+from ttt_fast.config import SPAN_OPTIONS
 from ttt_fast.study import Grid
 from ttt_fast.study.results import Results, key_of, read_lines
 
@@ -57,6 +58,18 @@ def test_a_study(arguments, tmp_path, capsys):
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     assert run(capsys, arguments)[0] == 0
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+
+
+def test_the_report_of_what_is_there(arguments, tmp_path, capsys):
+    assert run(capsys, arguments)[0] == 0
+    page = (tmp_path / "out" / "table.csv").read_bytes()
+    code, out, err = run(capsys, ["study-report", tmp_path / "out", "--out", tmp_path / "page"])
+    assert code == 0, err
+    assert "sgd lr 0.01, decay 0, momentum 0.9, no clip, ffn" in out
+    assert (tmp_path / "page" / "table.csv").read_bytes() == page
+    code, _, err = run(capsys, ["study-report", tmp_path])
+    assert code == 2
+    assert "study.json: cannot be read" in err
 
 
 def test_the_plan_alone(arguments, tmp_path, capsys):
@@ -124,7 +137,11 @@ def test_every_axis_and_setting_is_an_option():
 
 def test_help_names_every_setting(capsys):
     text = run(capsys, ["study", "--help"])[1]
-    for name in {f.name for f in fields(TTTConfig)} - {"param_groups", "check_every"}:
+    for name in {f.name for f in fields(TTTConfig)} - {
+        "param_groups",
+        "check_every",
+        *SPAN_OPTIONS,
+    }:
         assert "--" + name.replace("_", "-") in text, name
 
 

@@ -35,5 +35,29 @@ class Predicted:
     ],
 )
 def test_memory_of_what_goes_one_by_one(budget, dense_ms, expected):
-    portion = _portion(Predicted(budget, dense_ms), (Setting(),), 9, 8)
+    portion = _portion(Predicted(budget, dense_ms), (Setting(),), [9], 8)
     assert (portion.engine, portion.at_once, portion.nbytes) == expected
+
+
+class PredictedByLength(Predicted):
+    """The factored engine's time and memory grow faster with the length of a prompt."""
+
+    def plan(self, n, n_tokens, in_turn=False):
+        ms = {"factored": n_tokens**2, "dense": 25 * n_tokens}
+        sizes = {"factored": n * n_tokens**2, "dense": 30 * n_tokens}
+        work = Workload((), n_tokens, 1, n, available_bytes=self.config.memory_budget)
+        return Choice(*_decide(work, ms, sizes), ms, sizes)
+
+
+@pytest.mark.parametrize(
+    ("budget", "lengths", "expected"),
+    [
+        (None, [10, 10, 40], ("factored", 8, 20**2, 8 * 40**2)),  # time of the mean, memory of all
+        (None, [25, 30, 40], ("dense", 1, 25 * 32, 30 * 40)),
+        (4 * 40**2, [10, 10, 40], ("factored", 4, 20**2, 4 * 40**2)),
+        (1300, [10, 10, 40], ("dense", 1, 25 * 40, 30 * 40)),  # the longest has no factors
+    ],
+)
+def test_one_long_prompt_does_not_decide_for_all(budget, lengths, expected):
+    portion = _portion(PredictedByLength(budget, 0), (Setting(),), lengths, 8)
+    assert (portion.engine, portion.at_once, portion.ms, portion.nbytes) == expected

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -483,6 +484,24 @@ def test_the_report_of_a_folder(run, tmp_path):
         StudyReport.read(tmp_path / "out")
     with pytest.raises(ResultsError, match="cannot be read"):
         StudyReport.read(tmp_path / "nowhere")
+
+
+def test_the_report_of_two_folders(run, tmp_path):
+    """SGD on more prompts beside AdamW on the first of them: compared on those that both have."""
+    more = run(prompts=4)
+    run(folder="adamw", grid=replace(SGD, optimizer=("adamw",)), prompts=3)
+    assert not [f for f in more.findings["likelihood"] if "AdamW" in f.claim]
+    both = StudyReport.read(tmp_path / "out", tmp_path / "adamw")
+    (found,) = [f for f in both.findings["likelihood"] if "AdamW" in f.claim]
+    assert found.difference.n == 3
+    assert both.configuration["identity"]["optimizer"] == ["sgd", "adamw"]
+    assert "2 studies: settings have 3 to 4 prompts" in both.page()
+    assert "NOT COMPLETE" not in both.page()
+    run(folder="other", seed=1, prompts=3)
+    with pytest.raises(ResultsError, match="with seed=1, those of .* with 0"):
+        StudyReport.read(tmp_path / "out", tmp_path / "other")
+    with pytest.raises(ResultsError, match="no folder"):
+        StudyReport.read()
 
 
 def test_lines_of_all_files_are_read(tmp_path, run):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ttt_fast import TTTConfig
 from ttt_fast.audit import DEFAULT_LRS, DEFAULT_STEPS, MODES, VARIED
+from ttt_fast.config import SPAN_OPTIONS
 from ttt_fast.study.grid import Grid
 from ttt_fast.study.tasks import TASKS
 
@@ -40,13 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ttt-fast", description="Adapt a language model to a prompt and have its weights back."
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="adapt|audit|study|lm-eval|doctor"
+        dest="command", required=True, metavar="adapt|audit|study|study-report|lm-eval|doctor"
     )
     _add_adapt(commands.add_parser("adapt", help="adapt a model to a prompt and let it continue"))
     about = "how much of an update reaches the weights, by learning rate and rounding"
     _add_audit(commands.add_parser("audit", help=about))
     about = "does adapting help on a task, and with which settings"
     _add_study(commands.add_parser("study", help=about))
+    about = "what one or several studies of the same model and file have found so far"
+    _add_study_report(commands.add_parser("study-report", help=about))
     about = "lm-evaluation-harness, with the model type ttt_fast (its own arguments follow)"
     _add_lm_eval(commands.add_parser("lm-eval", help=about, add_help=False, prefix_chars="\0"))
     about = "versions, backends, and the memory that a run would need"
@@ -148,7 +151,14 @@ def _add_study(study: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
             help=f"default {shown}",
         )
-    _add_settings(study, without=(*_VARIED_BY_STUDY, "check_every"))
+    _add_settings(study, without=(*_VARIED_BY_STUDY, "check_every", *SPAN_OPTIONS))
+
+
+def _add_study_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="of a study")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="write tables, figures and page here, too"
+    )
 
 
 def _add_lm_eval(lm_eval: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``ttt-fast adapt``, ``audit``, ``study``, ``lm-eval`` and ``doctor``.
+"""The command line: ``ttt-fast adapt``, ``audit``, ``study`` and others (``ttt-fast --help``).
 
 Results go to stdout (with ``--json`` nothing else does), progress to stderr. Exit codes: 0 done,
 1 it ran and failed (diverged, or the weights did not come back), 2 bad input, 130 interrupted.
@@ -30,7 +30,7 @@ from ttt_fast.batch import complete_batch
 from ttt_fast.comparison import Run, page, page_of_several, plot, ratios
 from ttt_fast.demo import DEFAULT_PROMPT, load_demo_model
 from ttt_fast.naive import naive_adapt, prompt_loss
-from ttt_fast.study import Grid, ResultsError, study
+from ttt_fast.study import Grid, ResultsError, StudyReport, study
 from ttt_fast.study.figures import require_matplotlib
 from ttt_fast.study.shards import first_process
 from ttt_fast.study.tasks import find_task
@@ -46,8 +46,14 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    command = {"adapt": _adapt, "audit": _audit, "study": _study, "lm-eval": _lm_eval,
-               "doctor": _doctor}[args.command]  # fmt: skip
+    command = {
+        "adapt": _adapt,
+        "audit": _audit,
+        "study": _study,
+        "study-report": _study_report,
+        "lm-eval": _lm_eval,
+        "doctor": _doctor,
+    }[args.command]
     try:
         return command(args)
     except CommandError as error:
@@ -291,6 +297,11 @@ def _naive_options(trainer: TTTTrainer) -> dict[str, Any]:
             f"--compare: scope {config.scope!r} is a slice of {sliced[0]}, and the naive loop "
             f"adapts whole parameters only. Leave --compare out or widen the scope."
         )
+    if config.kv != "exact":
+        raise CommandError(
+            "--compare: the naive loop sees the whole prompt, --kv frozen spans of it; these are"
+            " two objectives. Leave one of them out."
+        )
     if config.dropout or (config.decoupled_weight_decay and config.optimizer == "sgd"):
         raise CommandError(
             "--compare: the naive loop has neither --dropout nor SGD with "
@@ -425,6 +436,18 @@ def _resumable(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nttt-fast: interrupted; the same command goes on from what is in {folder}")
         raise
+
+
+def _study_report(args: argparse.Namespace) -> int:
+    with _bad_input(ModuleNotFoundError, OSError, ResultsError):
+        report = StudyReport.read(*args.folders)
+        files = []
+        if args.out is not None:
+            require_matplotlib()
+            args.out.mkdir(parents=True, exist_ok=True)
+            files = report.write(args.out)
+    print("\n".join([str(report), *map(str, files)]))
+    return 0
 
 
 # ---------------------------------------------------------------------------- lm-eval

@@ -312,6 +312,7 @@ def obstacle(model: nn.Module, config: TTTConfig, own_objective: bool, watched: 
             config.check_every is not None and config.check_every < config.steps
         ),
         "steps=0": config.steps == 0,
+        "kv='frozen' takes another span at every step": config.kv == "frozen",
         "dropout=True draws other numbers each time": config.dropout,
         "a replay would not run the Python of your objective": own_objective,
         "rounding='torch' runs torch's own update, which looks at found_inf": (

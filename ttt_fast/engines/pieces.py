@@ -1,4 +1,4 @@
-"""Pieces of a model's own modules that one op computes: norms, gated units, rotary positions.
+"""Pieces of a model's own modules that one op computes: norms, gated units, rotary, frozen linears.
 
 The user's modules stay in the model; while an engine holds it, the ``forward`` of those listed here
 is one of the functions below, which do what the model's own code does, rounding included. A module
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ttt_fast import ops, reference
+from ttt_fast.engines.products import linear
 from ttt_fast.op_checks import DTYPES
 from ttt_fast.reference import compute_dtype
 
@@ -312,7 +313,56 @@ def _turned(
     return turn(q, k, *more, **options)
 
 
-Piece = NormPiece | GluPiece | RotaryPiece
+class LinearPiece:
+    """A linear layer that does not train: x is not kept, and W is read as it lies.
+
+    Args:
+        name: of the module.
+        module: the module.
+        own_code: whether to leave an input to the module's own code.
+    """
+
+    def __init__(self, name: str, module: nn.Linear, own_code: Callable[[Tensor], bool]) -> None:
+        self.name, self.module = name, module
+        self._own_code = own_code
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's forward, in the dtype of x."""
+        module = self.module
+        weight, bias = module.weight, module.bias
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        cast = x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
+        if trains or cast or self._own_code(x):
+            return type(module).forward(module, x)
+        return _FrozenLinear.apply(x, weight, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = linear(x, weight)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear(dy, weight.t()), None, None
+
+
+def is_linear(module: nn.Module, backend: str) -> bool:
+    """Whether a module is a plain linear layer for which there is a faster product than torch's."""
+    return (
+        type(module).forward is nn.Linear.forward
+        and {"weight", "bias"} <= set(module._parameters)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+        and _fused(module, backend, "delta_linear") is not None
+    )
+
+
+Piece = NormPiece | GluPiece | RotaryPiece | LinearPiece
 
 
 def pieces_of(
@@ -332,6 +382,8 @@ def pieces_of(
             arithmetic = known(module, backend)
             if arithmetic is not None:
                 yield piece(name, module, arithmetic, own_code)
+        if is_linear(module, backend):
+            yield LinearPiece(name, module, own_code)
 
 
 @contextmanager

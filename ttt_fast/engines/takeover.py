@@ -336,7 +336,8 @@ class _Linear(torch.autograd.Function):
         padding = layout.padding_among(rows.shape[1])
         if append is not None and padding is not None:
             padding.blank_(append)
-        return y.view(*x.shape[:-1], -1)
+        # To autograd no view, so that a model may write into what it gets.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

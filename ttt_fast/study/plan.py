@@ -284,22 +284,23 @@ def portions(
     if memory_budget is None:
         free = free_bytes(device)
         memory_budget = None if free is None else max(1, int(_SHARE_OF_FREE_MEMORY * free))
-    longest = max(encoded.prompt.numel() for encoded in prompts)
-    n_tokens = longest
+    lengths = [encoded.prompt.numel() for encoded in prompts]
+    tokens = lengths
     if task.segment_tokens:
-        n_tokens = tokens_a_step([encoded.prompt for encoded in prompts], task.segment_tokens)
+        size = task.segment_tokens
+        tokens = [tokens_a_step([encoded.prompt for encoded in prompts], size)]
     together: dict[tuple[str, str], list[Setting]] = {}
     for setting in grid.settings():
         together.setdefault((setting.scope, setting.optimizer), []).append(setting)
     found = []
     for settings in together.values():
-        n_steps = _trajectory(task, grid, longest)
+        n_steps = _trajectory(task, grid, max(lengths))
         own = {"steps": n_steps, "memory_budget": memory_budget}
         configs = [setting.config(**own, **options) for setting in settings]
         # With momentum the dense engine needs most.
         trainer = TTTTrainer(model, max(configs, key=lambda config: config.momentum))
         most = min(_MOST_AT_ONCE, len(settings) * len(prompts))
-        found.append(_portion(trainer, tuple(settings), n_tokens, most))
+        found.append(_portion(trainer, tuple(settings), tokens, most))
     return found
 
 
@@ -310,20 +311,29 @@ def _trajectory(task: Task, grid: Grid, n_tokens: int) -> int:
 
 
 def _portion(
-    trainer: TTTTrainer, settings: tuple[Setting, ...], longest: int, most: int
+    trainer: TTTTrainer, settings: tuple[Setting, ...], tokens: Sequence[int], most: int
 ) -> Portion:
+    """How settings run on prompts of so many tokens each.
+
+    What is side by side is of about one length, so time is that of a prompt of mean length; memory
+    is that of the longest.
+    """
+    longest, mean = max(tokens), round(sum(tokens) / len(tokens))
     limit = trainer.config.max_batch_tokens
     if limit is not None:
         most = max(1, min(most, limit // longest))
     at_once = next(n for n in range(most, 0, -1) if n == 1 or _fits(trainer, n, longest))
     # The dense engine goes through them one by one.
-    choice = trainer.plan(at_once, longest, in_turn=True)
+    at_most, choice = (trainer.plan(at_once, n, in_turn=True) for n in (longest, mean))
+    budget = trainer.config.memory_budget
+    if budget is not None and at_most.predicted_bytes[choice.engine] > budget:
+        choice = at_most
     return Portion(
         choice.engine,
         settings,
         at_once if choice.engine == "factored" else 1,
         choice.predicted_ms[choice.engine],
-        choice.predicted_bytes[choice.engine],
+        at_most.predicted_bytes[choice.engine],
         choice.reason,
     )
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ttt_fast.study.analysis import PREDICTORS, Analysis, Cell, Choice, groups_of
 from ttt_fast.study.findings import Finding, correlation, findings
-from ttt_fast.study.grid import Setting
+from ttt_fast.study.grid import Grid, Setting
 from ttt_fast.study.intervals import Estimate
 from ttt_fast.study.results import (
     ResultsError,
@@ -34,29 +35,44 @@ class StudyReport:
         lines: results, in any order and from any number of processes.
         configuration: of the folder.
         plan: the plan's page, with what was skipped.
+        n_studies: how many studies the results are from, each with settings and prompts of its own.
     """
 
     def __init__(
-        self, lines: Iterable[Mapping[str, Any]], configuration: Mapping[str, Any], plan: str = ""
+        self,
+        lines: Iterable[Mapping[str, Any]],
+        configuration: Mapping[str, Any],
+        plan: str = "",
+        n_studies: int = 1,
     ) -> None:
         # In one order whoever wrote them, so that a report of the same results is the same bytes.
         unique = {key_of(line): line for line in lines}
         self.lines = [unique[key] for key in sorted(unique, key=_order)]
         self.configuration = configuration
         self.plan = plan
+        self.n_studies = n_studies
 
     @classmethod
-    def read(cls, folder: str | Path) -> StudyReport:
-        """The report of what a folder has so far; the study may still be running.
+    def read(cls, *folders: str | Path) -> StudyReport:
+        """The report of what folders have so far, together; the studies may still be running.
+
+        Studies of the same model, file and seed may each have settings and a number of prompts of
+        their own: prompts are the first ones of one shuffle, so what two settings share can be
+        compared.
 
         Raises:
-            ResultsError: it is no study's folder, or has no results yet.
+            ResultsError: it is no study's folder, has no results yet, or the studies differ in
+                more than that.
         """
-        configuration = read_configuration(Path(folder))
-        lines = list(read_lines(Path(folder)))
-        if not lines:
-            raise ResultsError(f"{folder}: there are no results yet. Run the study first.")
-        return cls(lines, configuration)
+        if not folders:
+            raise ResultsError("StudyReport.read: no folder was given; name at least one.")
+        configurations = [read_configuration(Path(folder)) for folder in folders]
+        lines = [list(read_lines(Path(folder))) for folder in folders]
+        for folder, found in zip(folders, lines, strict=True):
+            if not found:
+                raise ResultsError(f"{folder}: there are no results yet. Run the study first.")
+        together = _together(folders, configurations)
+        return cls(itertools.chain(*lines), together, n_studies=len(folders))
 
     @property
     def task(self) -> Task:
@@ -111,7 +127,12 @@ class StudyReport:
         ]
         first = next(iter(self.analyses.values()))
         counts = {cell.n_prompts for curve in first.curves.values() for cell in curve}
-        if len(counts) > 1:
+        if len(counts) > 1 and self.n_studies > 1:
+            lines.append(
+                f"{self.n_studies} studies: settings have {min(counts)} to {max(counts)} prompts; a"
+                " mean is over a setting's own, a comparison over those that both sides have"
+            )
+        elif len(counts) > 1:
             lines.append(
                 f"NOT COMPLETE: settings have {min(counts)} to {max(counts)} prompts so far, so"
                 " they cannot be compared with each other yet"
@@ -280,6 +301,26 @@ class StudyReport:
         for name, content in files.items():
             write_atomically(folder / name, content)
         return [folder / name for name in files]
+
+
+def _together(
+    folders: Sequence[str | Path], configurations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One configuration of studies that differ in their settings alone."""
+    axes = [axis.name for axis in fields(Grid)]
+    first, *others = configurations
+    identity = dict(first["identity"])
+    for folder, other in zip(folders[1:], others, strict=True):
+        for name, value in other["identity"].items():
+            if name in axes:
+                identity[name] = identity[name] + [v for v in value if v not in identity[name]]
+            elif identity.get(name) != value:
+                raise ResultsError(
+                    f"{folder}: its results were made with {name}={value!r}, those of {folders[0]}"
+                    f" with {identity.get(name)!r}. Only settings and the number of prompts may"
+                    " differ; report them one by one."
+                )
+    return dict(first) | {"identity": identity}
 
 
 def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
