@@ -1,9 +1,9 @@
 """CUDA graphs: all steps of an adaptation, recorded once and replayed for other prompts.
 
-A step of a small model on a short prompt takes the host longer to launch than the device to
-compute. Of a batch of a fixed shape the host does the same every time, so that the second prompt of
-a shape records the K steps of all its deltas, unrolled, in one graph, and from the third on it is
-copied into the rows of that graph, which the device then runs by itself.
+Where a step takes the host longer to launch than the device to compute, launches are what is to be
+saved. For a batch of a fixed shape the host does the same every time: the second prompt of a shape
+records the K steps of all its deltas, unrolled, in one graph, and from the third on prompts are
+copied into the rows of that graph, which the device runs by itself.
 
 A graph bakes in every number of the host (step sizes, seeds, ranks, first rows) and every address.
 Numbers that are the same for each prompt are part of the key by which a graph is found; addresses
@@ -30,7 +30,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from ttt_fast import ops
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
-from ttt_fast.kernels.pointer_table import captured_for
 from ttt_fast.placement import places
 from ttt_fast.session import LoopState, Session
 
@@ -74,6 +73,8 @@ class CudaGraph:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what the body launches, on a stream of its own."""
+        from ttt_fast.kernels.pointer_table import captured_for
+
         torch.cuda.synchronize(self._device)
         # What Python collects in the body would be freed in the middle of the recording.
         gc.collect()
