@@ -1,8 +1,8 @@
 """The output head and the loss in one piece: the logits of a few tokens at a time, none kept.
 
 Where the objective is our own negative log-likelihood and a model gives its head's logits as they
-are, nobody needs them. While such a model runs, the ``forward`` of its head computes, a chunk of
-tokens after the other,
+are, nobody needs them. While such a model runs, the ``forward`` of its head computes, where it is
+frozen a chunk of tokens after the other,
 
     z = h Wᵀ + b,    loss = −log softmax(z)[target],    dz = s ∘ (softmax(z) − onehot),    dh = dz W
 

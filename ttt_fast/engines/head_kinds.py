@@ -18,8 +18,8 @@ from ttt_fast.engines.gradients import LinearSlots
 from ttt_fast.engines.products import linear
 from ttt_fast.engines.takeover import LinearSite
 
-# Bytes of the logits of one chunk. More tokens at once read the weights less often, and 16 MiB are
-# 85 tokens of SmolLM2's in float32, where a product takes longer than the reading.
+# Bytes of the logits of one chunk: of 85 tokens of SmolLM2's in float32. With more tokens at once
+# the weights are read less often, but by then the arithmetic takes longer.
 CPU_LOGIT_BYTES = 16 << 20
 DEVICE_LOGIT_BYTES = 256 << 20
 
