@@ -166,6 +166,8 @@ class EmulatedGraph(TorchDispatchMode):
         if name in LOOKS or name.split(".")[0] in LOOKS or looks_at_mask(name, args):
             raise LooksError(f"{name} waits for the device while a graph is recorded")
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if torch.device("meta") in (kwargs.get("device"), *(t.device for t in given)):
+            return func(*args, **kwargs)  # no memory
         for tensor in given:
             self._meet(tensor)
         for tensor in written(func, args, kwargs):

@@ -459,15 +459,16 @@ def test_padding_to_a_length():
 # ---------------------------------------------------------------------------- what goes wrong
 
 
-def looking(reduce_rows):
-    """The reduction of losses, with a look at one while a graph is recorded."""
+def looking(open_step):
+    """A step, with a look at a value while a graph is recorded."""
 
-    def reduce(losses, *more):
+    def look(self):
+        row = open_step(self)
         if torch.cuda.is_current_stream_capturing():
-            losses.sum().item()
-        return reduce_rows(losses, *more)
+            row.sum().item()
+        return row
 
-    return reduce
+    return look
 
 
 def interrupted(*args):
@@ -479,8 +480,8 @@ def interrupted(*args):
 def test_recording_that_fails(engine, fault, monkeypatch):
     graphed, eager = twins(engine)
     adapt_both(graphed, eager, seeds=[0])
-    faulty = interrupted if fault == "interrupt" else looking(session.reduce_rows)
-    monkeypatch.setattr(session, "reduce_rows", faulty)
+    faulty = interrupted if fault == "interrupt" else looking(History.open_step)
+    monkeypatch.setattr(History, "open_step", faulty)
     with unchanged(graphed.model):
         if fault == "interrupt":
             with pytest.raises(KeyboardInterrupt):

@@ -214,7 +214,7 @@ class Adaptation:
         for deltas, rows in parts_of(batch, self._engine, self.config):
             with self._engine.showing(deltas):
                 losses[list(deltas)] = evaluate(
-                    self.model, rows, self._objective, self._arguments, len(deltas)
+                    self.model, rows, self._objective, self._arguments, len(deltas), self._engine
                 ).to(losses)
         return losses
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from ttt_fast.engines.policy import Choice
 from ttt_fast.engines.prefix import FrozenPrefix
 from ttt_fast.frozen_keys import FrozenKeys, complete_contexts, prefill
 from ttt_fast.history import History
-from ttt_fast.objective import Objective, reduce_rows
+from ttt_fast.objective import Objective, delta_losses, fused_reduction
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
 from ttt_fast.span_cache import reading
@@ -183,7 +183,7 @@ class Session:
             for deltas, rows in self.parts(batch):
                 with self.engine.showing(deltas):
                     losses[deltas[0] : deltas[-1] + 1] = evaluate(
-                        self.model, rows, self.objective, self._arguments, len(deltas)
+                        self.model, rows, self.objective, self._arguments, len(deltas), self.engine
                     )
         return losses
 
@@ -294,18 +294,26 @@ class Session:
 
     def _step_together(self, deltas: tuple[int, ...], rows: Batch) -> tuple[Tensor, Tensor]:
         """Forward, backward and update of some deltas; returns (losses, norms), (n,) each."""
-        engine = self.engine
+        engine, seed = self.engine, self._dropout_seed(deltas[0])
+
+        def forward() -> Any:
+            if seed is not None:
+                torch.manual_seed(seed)
+            return self.model(**rows.model_inputs(self._arguments))
+
         with (
             uninterrupted() as held,
-            training(self.model, engine, dropout_seed=self._dropout_seed(deltas[0])),
+            training(self.model, engine, dropout=seed is not None),
             engine.recording(deltas, rows),
             self._prefix.reused(rows),
             nullcontext() if self._checkpointing is None else self._checkpointing.around(rows),
             reading(self.model, rows.past_key_values, self.config.dropout),
+            engine.head.answering(rows, len(deltas), fused_reduction(self.objective)) as call,
         ):
             with self.phases("forward"), held.released():
-                outputs = self.model(**rows.model_inputs(self._arguments))
-                losses = reduce_rows(self._row_losses(outputs, rows), rows.row_weights, len(deltas))
+                outputs, losses = engine.head.run(call, forward, engine.mark)
+                if losses is None:
+                    losses = delta_losses(self.objective, outputs, rows, len(deltas))
                 del outputs
             if not losses.requires_grad:
                 raise ValueError(
@@ -321,16 +329,6 @@ class Session:
             with self.phases("update"):
                 norms = engine.update(deltas, self._found_inf)
         return losses, norms
-
-    def _row_losses(self, outputs: Any, rows: Batch) -> Tensor:
-        losses = self.objective(outputs, rows)
-        if not isinstance(losses, Tensor) or losses.shape != (rows.n_rows,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(
-                f"adapt: the objective returned {got}; it must return one loss for each of the"
-                f" {rows.n_rows} rows, a tensor of shape ({rows.n_rows},)."
-            )
-        return losses
 
     def _clear(self) -> None:
         """No steps yet."""
@@ -461,7 +459,7 @@ def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def training(model: nn.Module, engine: Engine, dropout_seed: int | None = None) -> Iterator[None]:
+def training(model: nn.Module, engine: Engine, dropout: bool = False) -> Iterator[None]:
     """The state in which a step runs: eval mode, gradients for the selected parameters only.
 
     Gradient flags, stored gradients, module modes and the random state are afterwards as they were
@@ -478,11 +476,9 @@ def training(model: nn.Module, engine: Engine, dropout_seed: int | None = None) 
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            evaluating(model, dropout=dropout_seed is not None),
-            torch.random.fork_rng(devices, enabled=dropout_seed is not None),
+            evaluating(model, dropout=dropout),
+            torch.random.fork_rng(devices, enabled=dropout),
         ):
-            if dropout_seed is not None:
-                torch.manual_seed(dropout_seed)
             yield
     finally:
         for param, requires_grad, grad in found:
@@ -494,9 +490,10 @@ def training(model: nn.Module, engine: Engine, dropout_seed: int | None = None) 
 def evaluate(
     model: nn.Module,
     rows: Batch,
-    objective: Callable[..., Tensor],
+    objective: Objective,
     arguments: frozenset[str],
-    n_deltas: int = 1,
+    n_deltas: int,
+    engine: Engine,
 ) -> Tensor:
     """Loss of each delta's rows with what the model computes now, without a gradient: (n,)."""
     with (
@@ -504,10 +501,13 @@ def evaluate(
         torch.no_grad(),
         evaluating(model),
         reading(model, rows.past_key_values),
+        engine.head.answering(rows, n_deltas, fused_reduction(objective)) as call,
         held.released(),
     ):
-        outputs = model(**rows.model_inputs(arguments))
-        return reduce_rows(objective(outputs, rows), rows.row_weights, n_deltas)
+        outputs, losses = engine.head.run(
+            call, lambda: model(**rows.model_inputs(arguments)), engine.mark
+        )
+        return delta_losses(objective, outputs, rows, n_deltas) if losses is None else losses
 
 
 def unadapted_keys(model: nn.Module, engine: Engine, contexts: Batch) -> FrozenKeys:

@@ -25,7 +25,7 @@ from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
-from ttt_fast.objective import Objective, negative_log_likelihood
+from ttt_fast.objective import Objective, fused_reduction, negative_log_likelihood
 from ttt_fast.scope import select_parameters
 from ttt_fast.session import Session, StepReport, holder, require_free
 
@@ -130,7 +130,14 @@ class TTTTrainer:
         device = self.selections[0].param.device
         available = self.config.memory_budget or policy.free_bytes(device)
         work = replace(self._work, deltas=n_deltas, available_bytes=available)
+        if not self._computes_loss_in_head():
+            work = replace(work, loss_in_head=False)
         return policy.on_prompts(work, self.config, n_tokens, n_rows)
+
+    def _computes_loss_in_head(self) -> bool:
+        """Whether nobody needs logits, as far as this trainer knows."""
+        own = fused_reduction(self.objective) is not None
+        return own and all(engine.head.plain is not False for engine in self._engines.values())
 
     def _scoped(self, work: Workload, scope: str) -> Workload | None:
         """The work with another scope, None if the model has nothing by that name."""
@@ -145,6 +152,7 @@ class TTTTrainer:
             tokens=work.tokens,
             context=work.context,
             available_bytes=work.available_bytes,
+            loss_in_head=work.loss_in_head,
         )
 
     def _require_budget(

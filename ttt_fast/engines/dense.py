@@ -8,7 +8,7 @@ with several, the others wait in copies and are swapped in.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,8 @@ from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.gradients import GradientBuffers
 from ttt_fast.engines.groups import group_config, group_of_each, numbers
+from ttt_fast.engines.head import OutputHead, output_head
+from ttt_fast.engines.head_kinds import DenseHead, FrozenHead
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.products import (
     Block,
@@ -101,6 +103,7 @@ class DenseEngine:
         # rounding="torch" promises the bits of the model's own code, gradients included.
         stock = config.rounding == "torch" or hasattr(model, "_orig_mod")
         self._pieces = [] if stock else list(pieces_of(model, config.backend, lambda x: False))
+        self.head = OutputHead(model, self._trained_head())
         self._states: list[_DeltaState] = []
         self._spare: list[_DeltaState] = []
         self.resident: int | None = None
@@ -226,6 +229,10 @@ class DenseEngine:
         """Around what is computed again in a backward: what it saves is saved as it was."""
         return nullcontext()
 
+    def mark(self) -> Callable[[], None]:
+        """Note what is recorded; return what takes back the rest. A forward records nothing."""
+        return lambda: None
+
     def finish_step(self, found_inf: Tensor) -> None:
         """Nothing is left to do: the weights have changed."""
 
@@ -311,6 +318,14 @@ class DenseEngine:
         return total
 
     # ------------------------------------------------------------------ details
+
+    def _trained_head(self) -> FrozenHead | None:
+        """The model's head and where its gradients go, if there is one that is known."""
+        module = output_head(self._model)
+        if module is None:
+            return None
+        taken = self.gradients.taken(module)
+        return FrozenHead(module) if taken is None else DenseHead(module, *taken)
 
     def _new_state(self) -> _DeltaState:
         """A delta at zero, in buffers of an earlier session where there are any."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ from ttt_fast.engines.factors import (
     VectorFactors,
 )
 from ttt_fast.engines.groups import group_config, group_of_each, numbers
+from ttt_fast.engines.head import OutputHead, output_head
+from ttt_fast.engines.head_kinds import FactoredHead, FrozenHead
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
@@ -85,6 +87,7 @@ class FactoredEngine:
         taken = {site.module for site in self._sites}
         pieces = pieces_of(model, config.backend, self.desk.is_differentiated)
         self._pieces = [piece for piece in pieces if piece.module not in taken]
+        self.head = OutputHead(model, self._trained_head())
         self.placement = self._placement_now()
         self._inputs: list[Inputs] = []
         self._attached = ExitStack()
@@ -223,7 +226,8 @@ class FactoredEngine:
 
     def bookkeeping(self) -> Any:
         """What the steps of a session have changed on the host."""
-        rows = [(use, use.rows) for use in self._uses()]
+        vectors = [each for each in self.factors if isinstance(each, VectorFactors)]
+        rows = [(use, use.rows) for use in (*self._recorders(), *vectors)]
         filled = [(buffer, buffer.filled) for buffer in self._buffers()]
         steps = self.steps, list(self._steps_of)
         return *steps, self._root, self._limits, _copies(self.tracks), rows, filled
@@ -242,15 +246,6 @@ class FactoredEngine:
             buffer.filled = count
         self._new_step()
         self.show(slice(0, self.n_deltas))
-
-    def _uses(self) -> Iterator[Inputs | Lookups | VectorFactors]:
-        """Everything that knows which steps its rows belong to."""
-        yield from self._inputs
-        for factors in self.factors:
-            if isinstance(factors, VectorFactors):
-                yield factors
-            elif factors.lookups is not None:
-                yield factors.lookups
 
     def _buffers(self) -> Iterator[RowBuffer]:
         for inputs in self._inputs:
@@ -277,11 +272,7 @@ class FactoredEngine:
         try:
             yield
         finally:
-            for inputs in self._inputs:
-                inputs.forget()
-            for factors in self.factors:
-                factors.open_forward()
-            self.desk.newest = None
+            self._forget_forward()
             self.desk.layout = shown
 
     @contextmanager
@@ -292,6 +283,17 @@ class FactoredEngine:
             yield
         finally:
             self.desk.recomputing = False
+
+    def mark(self) -> Callable[[], None]:
+        """Note what is recorded; return what takes back the rest of a forward."""
+        found = {id(each): each.pending for each in self._recorders()}
+
+        def undo() -> None:
+            self._forget_forward()
+            for each in self._recorders():
+                each.pending = found.get(id(each), each.rows)
+
+        return undo
 
     @torch.no_grad()
     def update(self, deltas: Sequence[int], found_inf: Tensor) -> Tensor:
@@ -356,6 +358,28 @@ class FactoredEngine:
         self._new_step()
         # The coefficients that forwards outside a step use are the new ones.
         self.show(self.desk.layout.deltas)
+
+    def _recorders(self) -> list[Inputs | Lookups]:
+        """Whatever writes rows in a forward."""
+        lookups = (each.lookups for each in self.factors if isinstance(each, MatrixFactors))
+        return [*self._inputs, *(each for each in lookups if each is not None)]
+
+    def _forget_forward(self) -> None:
+        for inputs in self._inputs:
+            inputs.forget()
+        for factors in self.factors:
+            factors.open_forward()
+        self.desk.newest = None
+
+    def _trained_head(self) -> FrozenHead | None:
+        """The model's head and how it trains, if there is one that is known."""
+        module = output_head(self._model)
+        sites = [site for site in self._sites if site.module is module]
+        if module is None or not sites:
+            return None if module is None else FrozenHead(module)
+        matrix = sites[0].matrix
+        whole = matrix is not None and matrix.selection.rows is None
+        return FactoredHead(sites[0]) if whole else None
 
     def _placement_now(self) -> Placement:
         return Placement([(each.name, each.param) for each in self.selections], self._model)
