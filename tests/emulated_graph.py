@@ -166,21 +166,22 @@ class EmulatedGraph(TorchDispatchMode):
         if name in LOOKS or name.split(".")[0] in LOOKS or looks_at_mask(name, args):
             raise LooksError(f"{name} waits for the device while a graph is recorded")
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if torch.device("meta") in (kwargs.get("device"), *(t.device for t in given)):
-            return func(*args, **kwargs)  # no memory
         for tensor in given:
-            self._meet(tensor)
+            if tensor.device.type != "meta":
+                self._meet(tensor)
         for tensor in written(func, args, kwargs):
             self._keep(tensor)
-        noted = tree_map(self._note, (args, kwargs))
         out = func(*args, **kwargs)
         ids = {storage_id(tensor) for tensor in given}
         leaves = enumerate(tree_leaves(out))
         made = {i: t for i, t in leaves if isinstance(t, Tensor) and storage_id(t) not in ids}
+        if any(tensor.device.type == "meta" for tensor in (*given, *made.values())):
+            return out  # no memory, so nothing to launch
         for tensor in made.values():
             self._own[storage_id(tensor)] = tensor.untyped_storage()
         if made or func._schema.is_mutable:
             results = {place: self._note(tensor) for place, tensor in made.items()}
+            noted = tree_map(self._note, (args, kwargs))
             self.calls.append(Call(func, *noted, results))
             if name.split(".")[0] not in NO_LAUNCH:
                 self.launches[name.split(".")[0]] += 1

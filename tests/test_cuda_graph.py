@@ -16,6 +16,7 @@ from tests.loops import prompt_ids
 from tests.untouched import unchanged
 from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, graphs, placement, session
 from ttt_fast.batch import complete_batch
+from ttt_fast.engines import head
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.history import History
@@ -459,16 +460,15 @@ def test_padding_to_a_length():
 # ---------------------------------------------------------------------------- what goes wrong
 
 
-def looking(open_step):
-    """A step, with a look at a value while a graph is recorded."""
+def looking(reduce_rows):
+    """The reduction of losses, with a look at one while a graph is recorded."""
 
-    def look(self):
-        row = open_step(self)
+    def reduce(losses, *more):
         if torch.cuda.is_current_stream_capturing():
-            row.sum().item()
-        return row
+            losses.sum().item()
+        return reduce_rows(losses, *more)
 
-    return look
+    return reduce
 
 
 def interrupted(*args):
@@ -480,8 +480,8 @@ def interrupted(*args):
 def test_recording_that_fails(engine, fault, monkeypatch):
     graphed, eager = twins(engine)
     adapt_both(graphed, eager, seeds=[0])
-    faulty = interrupted if fault == "interrupt" else looking(History.open_step)
-    monkeypatch.setattr(History, "open_step", faulty)
+    faulty = interrupted if fault == "interrupt" else looking(head.reduce_rows)
+    monkeypatch.setattr(head, "reduce_rows", faulty)
     with unchanged(graphed.model):
         if fault == "interrupt":
             with pytest.raises(KeyboardInterrupt):

@@ -252,17 +252,17 @@ class GradientBuffers:
         """
         return [slot.collect() for slot in self._slots]
 
-    @property
-    def memory(self) -> list[Tensor]:
-        """The buffers there are."""
-        return [slot.buffer for slot in self._slots if slot.has_buffer]
-
     def taken(self, module: nn.Module) -> tuple[LinearSlots, Callable[..., Tensor]] | None:
         """Slots of a linear module, and its forward while recording; None if it keeps its own."""
         for each, forward in self._takeovers:
             if each is module and forward.func is _linear_forward:
                 return forward.args[1], forward
         return None
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The buffers there are."""
+        return [slot.buffer for slot in self._slots if slot.has_buffer]
 
     def _device_type(self) -> str:
         return self._slots[0].selection.param.device.type

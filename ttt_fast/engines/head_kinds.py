@@ -104,7 +104,7 @@ def loss_and_gradient_(z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     flat = z.view(-1, V)
     losses = ops.nll_(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX).view(n, m)
     factors = scale.reshape(-1)
-    if not placement.look_waits(z.device) and z.dtype != scale.dtype:
+    if z.dtype != scale.dtype and not placement.look_waits(z.device):
         # Row by row, or torch makes copies of all in the wider type first.
         for row, factor in zip(flat, factors.tolist(), strict=True):
             row.mul_(factor)
