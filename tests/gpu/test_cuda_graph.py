@@ -10,7 +10,8 @@ import torch
 from tests.emulated_graph import emulate
 from tests.families import tiny_model
 from tests.loops import prompt_ids, weights
-from ttt_fast import TTTConfig, TTTTrainer, session
+from ttt_fast import TTTConfig, TTTTrainer
+from ttt_fast.history import History
 
 pytestmark = pytest.mark.gpu
 engines = pytest.mark.parametrize("engine", ["dense", "factored"])
@@ -121,19 +122,20 @@ def test_longer_prompts_in_between(device, engine):
 @engines
 def test_a_recording_that_breaks_is_got_over(device, engine, monkeypatch):
     """The host waits in the middle of the second prompt; it, and all that follow, are as usual."""
-    reduce_rows = session.reduce_rows
+    open_step = History.open_step
 
-    def looking(losses, *more):
+    def looking(self):
+        row = open_step(self)
         if torch.cuda.is_current_stream_capturing():
-            losses.sum().item()
-        return reduce_rows(losses, *more)
+            row.sum().item()
+        return row
 
     model = small_model().to(device)
     before = weights(model)
     trainer = TTTTrainer(model, TTTConfig(engine=engine, cuda_graph="auto", **OPTIONS))
     expected = trainer.adapt(prompt_ids(9))
     expected.restore()
-    monkeypatch.setattr(session, "reduce_rows", looking)
+    monkeypatch.setattr(History, "open_step", looking)
     with pytest.warns(UserWarning, match="recording failed"):
         trainer.adapt(prompt_ids(9)).restore()
     with trainer.adapt(prompt_ids(9)) as adapted:

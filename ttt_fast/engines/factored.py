@@ -226,7 +226,8 @@ class FactoredEngine:
 
     def bookkeeping(self) -> Any:
         """What the steps of a session have changed on the host."""
-        rows = [(use, use.rows) for use in self._uses()]
+        vectors = [each for each in self.factors if isinstance(each, VectorFactors)]
+        rows = [(use, use.rows) for use in (*self._recorders(), *vectors)]
         filled = [(buffer, buffer.filled) for buffer in self._buffers()]
         steps = self.steps, list(self._steps_of)
         return *steps, self._root, self._limits, _copies(self.tracks), rows, filled
@@ -245,15 +246,6 @@ class FactoredEngine:
             buffer.filled = count
         self._new_step()
         self.show(slice(0, self.n_deltas))
-
-    def _uses(self) -> Iterator[Inputs | Lookups | VectorFactors]:
-        """Everything that knows which steps its rows belong to."""
-        yield from self._inputs
-        for factors in self.factors:
-            if isinstance(factors, VectorFactors):
-                yield factors
-            elif factors.lookups is not None:
-                yield factors.lookups
 
     def _buffers(self) -> Iterator[RowBuffer]:
         for inputs in self._inputs:
