@@ -14,7 +14,7 @@ from tests.factored_cases import fp64, tolerance_of
 from tests.families import FAMILIES, tiny_model
 from tests.loops import prompt_ids
 from tests.untouched import Boom, assert_adapts, unchanged
-from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, negative_log_likelihood
+from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, negative_log_likelihood, placement
 from ttt_fast.batch import complete_batch, pad_rows
 from ttt_fast.engines import head as head_module
 from ttt_fast.engines import head_kinds
@@ -111,7 +111,7 @@ def test_where_the_host_does_not_count_labels(engine, scope, monkeypatch):
     """As on other devices: all tokens have logits, and padding may hold anything."""
     model, batch = fp64("llama_tied"), batch_of("padded")
     theirs, _ = run(model, batch, with_logits(), engine=engine, scope=scope)
-    monkeypatch.setattr(head_kinds, "_can_be_counted", lambda targets: False)
+    monkeypatch.setattr(placement, "look_waits", lambda device: True)
     ours, head = run(model, batch, engine=engine, scope=scope)
     assert head.plain
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
@@ -461,7 +461,7 @@ def test_a_gradient_of_anything_but_the_sum_is_noticed():
 @pytest.mark.parametrize("scope", ["all", "ffn", "head"])
 def test_padding_that_holds_nan(engine, scope, counted, monkeypatch):
     """What the head is given is NaN at padding; neither losses nor gradients are."""
-    monkeypatch.setattr(head_kinds, "_can_be_counted", lambda targets: counted)
+    monkeypatch.setattr(placement, "look_waits", lambda device: not counted)
     model = fp64("llama")
     ids, mask = pad_rows([prompt_ids(n, seed=n)[0] for n in (9, 5)], 0, "right")
     # Two deltas with unlike numbers of labels where they go through the model together.

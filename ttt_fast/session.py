@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ttt_fast import profiling
+from ttt_fast import placement, profiling
 from ttt_fast.batch import Batch, complete_batch, forward_arguments
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.checkpointing import Checkpointing
@@ -81,6 +81,23 @@ class StepReport:
         )
 
 
+@dataclass(frozen=True)
+class LoopState:
+    """What all steps of a session have left, for another session to go on from.
+
+    Attributes:
+        measured: (S, 2, D) losses and gradient norms.
+        found_inf: (D,).
+        taken: the deltas of each step.
+        engine: what the engine noted on the host.
+    """
+
+    measured: Tensor
+    found_inf: Tensor
+    taken: list[tuple[int, ...]]
+    engine: Any
+
+
 class Session:
     """Steps on one or several deltas, from :meth:`TTTTrainer.begin`; its ``with`` block aborts."""
 
@@ -107,12 +124,9 @@ class Session:
         param = engine.selections[0].param
         self.phases = Phases(param.device)
         self._dtype = compute_dtype(param.dtype)
-        self.steps = 0
-        self.history = History(n_deltas, self._dtype, self.phases.device)
-        self._found_inf = torch.zeros(n_deltas, device=self.phases.device)
-        # Elsewhere than on a CPU a look at the losses waits for everything before it.
-        on_cpu = self.phases.device.type == "cpu"
-        self._check_every = config.check_every or (1 if on_cpu else max(1, config.steps))
+        self._clear()
+        waits = placement.look_waits(self.phases.device)
+        self._check_every = config.check_every or (max(1, config.steps) if waits else 1)
         self._arguments = forward_arguments(model)
         self._prefix = FrozenPrefix(model, config.dropout)
         planned = config.checkpointing is True if choice is None else choice.checkpointing
@@ -154,13 +168,7 @@ class Session:
         """
         self._require_open()
         with self._unharmed(), profiling.annotate("step", self.phases.device):
-            self.steps += 1
-            row = self.history.open_step()
-            for deltas, rows in parts:
-                span = slice(deltas[0], deltas[-1] + 1)
-                row[0, span], row[1, span] = self._step_together(deltas, rows)
-            self.engine.finish_step(self._found_inf)
-            self.history.close_step(row, [delta for deltas, _ in parts for delta in deltas])
+            row = self._take_step(parts)
             if self.steps % self._check_every == 0:
                 self._check()
         return StepReport(self.steps, *row)
@@ -207,6 +215,50 @@ class Session:
             hold(self.model, adaptation)
         return adaptation
 
+    # ------------------------------------------------------------------ all steps at once
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether decoder layers are computed again in the backward pass."""
+        return self._checkpointing is not None
+
+    @torch.inference_mode(False)
+    def record(self, parts: Sequence[tuple[tuple[int, ...], Batch]]) -> LoopState:
+        """All steps of each part in turn, for a graph: nobody looks at what they give.
+
+        Whatever is raised inside, :meth:`restart` or :meth:`abort` is for the caller to do.
+        """
+        self._require_open()
+        self._clear()
+        self.engine.open_recording()
+        for part in parts:
+            for _ in range(self.config.steps):
+                self._take_step([part])
+        measured, taken = self.history.unread()
+        return LoopState(measured, self._found_inf, taken, self.engine.bookkeeping())
+
+    @torch.inference_mode(False)
+    def adopt(self, state: LoopState) -> None:
+        """Go on from where a replay of :meth:`record` has come; nothing of it is shared."""
+        self._require_open()
+        with self._unharmed():
+            self.steps = len(state.taken)
+            self.history.replace(state.measured.clone(), state.taken)
+            self._found_inf = state.found_inf.clone()
+            self.engine.adopt(state.engine)
+            self._check()
+
+    @torch.inference_mode(False)
+    def restart(self) -> None:
+        """Be as after :meth:`TTTTrainer.begin`: original weights, no steps."""
+        self._require_open()
+        with self._unharmed(), uninterrupted():
+            self.engine.start_over()
+            self._prefix.forget()
+            self._clear()
+
+    # ------------------------------------------------------------------ the end
+
     def abort(self) -> None:
         """Give up: restore the weights, bit for bit. A session that has ended is left alone."""
         if not self._open:
@@ -228,6 +280,17 @@ class Session:
     def diverged(self) -> Tensor:
         """(D,) bool: a step was not finite; the delta stays as it was before it."""
         return self._found_inf != 0
+
+    def _take_step(self, parts: Sequence[tuple[tuple[int, ...], Batch]]) -> Tensor:
+        """One step, at which nobody looks; returns (losses, norms), (2, D)."""
+        self.steps += 1
+        row = self.history.open_step()
+        for deltas, rows in parts:
+            span = slice(deltas[0], deltas[-1] + 1)
+            row[0, span], row[1, span] = self._step_together(deltas, rows)
+        self.engine.finish_step(self._found_inf)
+        self.history.close_step(row, [delta for deltas, _ in parts for delta in deltas])
+        return row
 
     def _step_together(self, deltas: tuple[int, ...], rows: Batch) -> tuple[Tensor, Tensor]:
         """Forward, backward and update of some deltas; returns (losses, norms), (n,) each."""
@@ -266,6 +329,12 @@ class Session:
             with self.phases("update"):
                 norms = engine.update(deltas, self._found_inf)
         return losses, norms
+
+    def _clear(self) -> None:
+        """No steps yet."""
+        self.steps = 0
+        self.history = History(self.n_deltas, self._dtype, self.phases.device)
+        self._found_inf = torch.zeros(self.n_deltas, device=self.phases.device)
 
     def _nan_per_delta(self) -> Tensor:
         return torch.full((self.n_deltas,), torch.nan, dtype=self._dtype, device=self.phases.device)

@@ -44,6 +44,11 @@ class _Slot:
         self.arrived, self._products = False, None
 
     @property
+    def has_buffer(self) -> bool:
+        """Whether it was needed yet."""
+        return self._buffer is not None
+
+    @property
     def buffer(self) -> Tensor:
         """Contiguous, of the shape of the selection's view; allocated at its first use."""
         if self._buffer is None:
@@ -253,6 +258,11 @@ class GradientBuffers:
             if each is module and forward.func is _linear_forward:
                 return forward.args[1], forward
         return None
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The buffers there are."""
+        return [slot.buffer for slot in self._slots if slot.has_buffer]
 
     def _device_type(self) -> str:
         return self._slots[0].selection.param.device.type

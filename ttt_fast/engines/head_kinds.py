@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_fast import ops
+from ttt_fast import ops, placement
 from ttt_fast.batch import IGNORE_INDEX
 from ttt_fast.engines.gradients import LinearSlots
 from ttt_fast.engines.products import linear
@@ -66,7 +66,7 @@ class Asked:
         by_group = targets.reshape(n, -1)
         labelled = by_group != IGNORE_INDEX
         self._index = self._ignored = None
-        if _can_be_counted(targets):
+        if not placement.look_waits(targets.device):
             counts = labelled.sum(1)
             most = int(counts.max())
             order = (~labelled).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
@@ -98,18 +98,13 @@ class Asked:
         return rows if self._index is None else rows.index_select(0, self._index)
 
 
-def _can_be_counted(targets: Tensor) -> bool:
-    """Whether the host need not wait for numbers of a device."""
-    return targets.device.type == "cpu"
-
-
 def loss_and_gradient_(z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     """Losses (n, m) of logits z (n, m, V), which become s ∘ (softmax(z) − onehot)."""
     n, m, V = z.shape
     flat = z.view(-1, V)
     losses = ops.nll_(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX).view(n, m)
     factors = scale.reshape(-1)
-    if z.device.type == "cpu" and z.dtype != scale.dtype:
+    if z.dtype != scale.dtype and not placement.look_waits(z.device):
         # Row by row, or torch makes copies of all in the wider type first.
         for row, factor in zip(flat, factors.tolist(), strict=True):
             row.mul_(factor)
