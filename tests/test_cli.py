@@ -133,6 +133,15 @@ def test_adamw_compares(folder, capsys):
     assert result["ours"]["losses"] == pytest.approx(result["naive"]["losses"], rel=1e-3)
 
 
+def test_spans_of_a_prompt(folder, capsys):
+    result = run_json(
+        capsys, "adapt", folder, PROMPT, *SHORT, "--kv", "frozen", "--span-tokens", "2",
+        "--spans", "2", "--scope", "query",
+    )  # fmt: skip
+    assert [result["config"][name] for name in ("kv", "span_tokens", "spans")] == ["frozen", 2, 2]
+    assert result["weights"]["bitwise_equal"] and "prefill" in result["ours"]["ms"]
+
+
 def test_every_setting_is_an_option():
     values = {bool: [], float: ["0.5"], int: ["7"], str: ["x"], type(None): ["7"]}
     names = [field.name for field in fields(TTTConfig) if field.name != "param_groups"]
@@ -254,6 +263,7 @@ def test_dtype(folder, capsys):
         (["{folder}", "the cat", "--max-new-tokens", "0"], "at least 1"),
         (["{folder}", "the cat", "--plot", "nowhere/loss.png"], "there is no folder"),
         (["{folder}", "the cat", "--compare", "--dropout"], "naive loop"),
+        (["{folder}", "the cat", "--compare", "--kv", "frozen"], "two objectives"),
         (["{fused}", "the cat", "--compare", "--scope", "query"], "whole parameters only"),
         (["{fused}", "the cat", "--chat"], "no chat template"),
         (["./no-such-folder", "the cat"], "no-such-folder"),

@@ -50,6 +50,9 @@ def test_times_by_hand():
 
     assert 1e6 * cost.frozen_ms(work, machine) == pytest.approx(forward_ns(2))
     assert 1e6 * cost.frozen_ms(work, machine, rows=3) == pytest.approx(forward_ns(6))
+    # Spans of 2 of 50 frozen tokens have 25 before them in the mean.
+    spans = 1e6 * cost.frozen_ms(replace(work, context=50), machine)
+    assert spans == pytest.approx(forward_ns(2) + 10 * 2 * 25 * 9)
 
     # The gradient written, then read twice; a third of two copies, read and written.
     shared = forward_ns(2) + 600 * (3 * 2 + 2 * 4 / 8) + 606 * 4 * 4 / 3 / 4 + 2 * 13_000

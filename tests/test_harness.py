@@ -250,6 +250,7 @@ def test_too_few_examples_are_named(make, request_of):
         ({"lr": -1.0}, "lr=-1.0"),
         ({"scope": "nonsense"}, "nonsense"),
         ({"leave_one_out": -1}, "leave_one_out=-1"),
+        ({"kv": "frozen"}, "kv='frozen', but likelihoods"),
         ({"segment_tokens": 1}, "segment_tokens=1"),
         ({"optimizer": "adam"}, "'adam' is unknown"),
     ],

@@ -12,6 +12,7 @@ import pytest
 from tests import study_cases as cases
 from ttt_fast import TTTConfig, cli
 from ttt_fast.arguments import build_parser, study_settings
+from ttt_fast.config import SPAN_OPTIONS
 from ttt_fast.study import Grid
 from ttt_fast.study.results import Results, key_of, read_lines
 
@@ -136,7 +137,11 @@ def test_every_axis_and_setting_is_an_option():
 
 def test_help_names_every_setting(capsys):
     text = run(capsys, ["study", "--help"])[1]
-    for name in {f.name for f in fields(TTTConfig)} - {"param_groups", "check_every"}:
+    for name in {f.name for f in fields(TTTConfig)} - {
+        "param_groups",
+        "check_every",
+        *SPAN_OPTIONS,
+    }:
         assert "--" + name.replace("_", "-") in text, name
 
 

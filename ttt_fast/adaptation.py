@@ -15,6 +15,7 @@ from ttt_fast.batch import Batch, as_prompts, complete_batch, forward_arguments,
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.deltas import Trajectory
 from ttt_fast.engines.policy import Choice
+from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.keys_values import KeptPrompts
 from ttt_fast.objective import Objective
 from ttt_fast.profiling import Phases
@@ -25,6 +26,7 @@ from ttt_fast.session import (
     holder,
     parts_of,
     release,
+    unadapted_keys,
     uninterrupted,
 )
 
@@ -167,7 +169,9 @@ class Adaptation:
         Args:
             input_ids: (N, T) ids, with ``attention_mask`` among the keywords if they are padded;
                 default the adapted prompts, each continued with its own delta. With several deltas,
-                row n is delta n's.
+                row n is delta n's. With kv="frozen" the adapted prompts' keys and values are those
+                of the unadapted weights, but for the last token; of ids that are given, those of
+                the adapted ones.
             **kwargs: passed on.
 
         Returns:
@@ -182,6 +186,9 @@ class Adaptation:
         if input_ids is None:
             ids, mask = self._prompt_rows()
             kept = self._kept
+            if self.config.kv == "frozen" and kept.frozen is None:
+                # After a file was read, or a detached adaptation gave up what it held.
+                kept.frozen = unadapted_keys(self.model, self._engine, self.prompt)
         else:
             ids, mask = self._given_rows(input_ids, kwargs)
             kept, self._kept.reused = None, False
@@ -192,7 +199,10 @@ class Adaptation:
             return self._generate_each(ids, mask, kwargs, held, kept)
 
     def loss(self, input_ids: Any = None, labels: Tensor | None = None) -> Tensor:
-        """Loss of every delta on ids, default on its own prompt, without a gradient: (D,)."""
+        """Loss of every delta on ids, default on its own prompt, without a gradient: (D,).
+
+        All of it is computed with the adapted weights, with kv="frozen", too.
+        """
         self._require_active()
         batch = self.prompt if input_ids is None else self._batch_of(input_ids, labels)
         if batch is None:
@@ -313,7 +323,8 @@ class Adaptation:
 
         Those of the own prompts are kept where no adapted parameter can change them: a head that is
         not the embedding, the final norm, and in the last layer what comes after them. Everything
-        else is computed again with the adapted weights. None before the first ``generate``.
+        else is computed again with the adapted weights, but with kv="frozen", where they are those
+        of the unadapted weights. None before the first ``generate``.
         """
         return self._kept.reused
 
@@ -350,6 +361,8 @@ class Adaptation:
             lines.append(f"{phase:>10} {ms:10.1f} ms{memory}")
         if self.reused_keys_values is not None:
             how = "reused" if self.reused_keys_values else "computed with the adapted weights"
+            if self.reused_keys_values and self.config.kv == "frozen":
+                how = "those of the unadapted weights (kv='frozen')"
             lines.append(f"keys and values of the last generation's prompt: {how}")
         return "\n".join(lines)
 
@@ -358,6 +371,10 @@ class Adaptation:
         return f"<Adaptation of {self.n_deltas} delta(s), steps {self.steps.tolist()}, {state}>"
 
     # ------------------------------------------------------------------ details
+
+    def go_on_from(self, frozen: FrozenKeys | None) -> None:
+        """Let :meth:`generate` go on from these keys and values of the adapted prompts."""
+        self._kept.frozen = frozen
 
     def _prompt_rows(self) -> tuple[Tensor, Tensor]:
         if self.prompt is None:

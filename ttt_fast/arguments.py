@@ -12,6 +12,7 @@ from typing import Any
 
 from ttt_fast import TTTConfig
 from ttt_fast.audit import DEFAULT_LRS, DEFAULT_STEPS, MODES, VARIED
+from ttt_fast.config import SPAN_OPTIONS
 from ttt_fast.study.grid import Grid
 from ttt_fast.study.tasks import TASKS
 
@@ -150,7 +151,7 @@ def _add_study(study: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
             help=f"default {shown}",
         )
-    _add_settings(study, without=(*_VARIED_BY_STUDY, "check_every"))
+    _add_settings(study, without=(*_VARIED_BY_STUDY, "check_every", *SPAN_OPTIONS))
 
 
 def _add_study_report(report: argparse.ArgumentParser) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ttt_fast.span_cache import SpanCache
+
 IGNORE_INDEX = -100
 _TOKEN_FIELDS = ("labels", "attention_mask", "position_ids", "token_weights")
 
@@ -30,7 +32,8 @@ class Batch:
         token_weights: (N, T) weight of predicting the token at each position.
         row_weights: (N,) weight of each row in its delta's loss; default the mean over the delta's
             rows.
-        past_key_values: a cache in front of the rows, for models that take one.
+        past_key_values: a cache in front of the rows, for models that take one; or, of spans, what
+            :meth:`ttt_fast.frozen_keys.FrozenKeys.spans` puts there.
         delta_index: (N,) int64, which delta each row belongs to; default all 0.
     """
 
@@ -59,7 +62,10 @@ class Batch:
         So a prompt on its own is never padded: it adapts to the bit as if it had come alone.
         """
         everything = index.tolist() == list(range(self.n_rows))
-        if self.past_key_values is not None and not everything:
+        cache = self.past_key_values
+        if isinstance(cache, SpanCache):
+            cache = cache.rows(index.tolist())
+        elif cache is not None and not everything:
             raise ValueError(
                 "Batch: past_key_values belongs to all rows and cannot be divided among deltas;"
                 " give one batch for each delta."
@@ -78,7 +84,7 @@ class Batch:
                 name: tensor[:, first : last + 1] if tensor.dim() == 2 else tensor
                 for name, tensor in tensors.items()
             }
-        return replace(self, **tensors)
+        return replace(self, past_key_values=cache, **tensors)
 
     @torch.inference_mode(False)
     def runs(
@@ -126,27 +132,34 @@ class Batch:
         changes nothing.
         """
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
-        if self.padded:
+        cache = self.past_key_values
+        spans = isinstance(cache, SpanCache)
+        if self.padded or (spans and not cache.even):
             inputs["attention_mask"] = self._whole_mask()
         if self.position_ids is not None and "position_ids" in model_arguments:
             inputs["position_ids"] = self.position_ids
-        if self.past_key_values is not None:
+        if cache is not None:
             # The forward appends to the cache that it is given, and the next step wants it as it
-            # was.
-            inputs["past_key_values"] = copy.deepcopy(self.past_key_values)
+            # was; to one of spans nothing is appended.
+            inputs["past_key_values"] = cache if spans else copy.deepcopy(cache)
         return {name: value for name, value in inputs.items() if name in model_arguments}
 
     def _whole_mask(self) -> Tensor:
-        """The mask with ones in front for what is in the cache, (N, past + T)."""
-        if self.past_key_values is None:
-            return self.attention_mask
-        past = self.attention_mask.new_ones(self.n_rows, past_length(self))
-        return torch.cat([past, self.attention_mask], dim=1)
+        """The mask with what is in the cache in front, (N, past + T)."""
+        mask, cache = self.attention_mask, self.past_key_values
+        if cache is None:
+            return mask
+        if isinstance(cache, SpanCache):
+            return torch.cat([cache.mask(mask), mask], dim=1)
+        return torch.cat([mask.new_ones(self.n_rows, cache.get_seq_length()), mask], dim=1)
 
 
-def past_length(batch: Batch) -> int:
-    """Tokens in the cache in front of the rows."""
-    return 0 if batch.past_key_values is None else batch.past_key_values.get_seq_length()
+def past_lengths(batch: Batch) -> list[int]:
+    """Tokens in the cache in front of each row."""
+    cache = batch.past_key_values
+    if isinstance(cache, SpanCache):
+        return cache.starts
+    return [0 if cache is None else cache.get_seq_length()] * batch.n_rows
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
@@ -185,12 +198,14 @@ def complete_batch(batch: Batch, model: nn.Module, n_deltas: int) -> Batch:
     predictable = torch.zeros_like(mask, dtype=torch.bool)
     predictable[:, 1:] = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
     labels = labels.masked_fill(~predictable, IGNORE_INDEX)
-    _check_labels(labels, ids, mask, model, past_length(batch))
+    n_past = past_lengths(batch)
+    _check_labels(labels, ids, mask, model, n_past)
     position_ids = batch.position_ids
     if position_ids is not None:
         position_ids = _like_ids("position_ids", position_ids, ids)
     elif bool((mask == 0).any()):
-        position_ids = (mask.cumsum(1) - 1).clamp_(min=0) + past_length(batch)
+        past = torch.tensor(n_past, device=mask.device)[:, None]
+        position_ids = (mask.cumsum(1) - 1).clamp_(min=0) + past
     tensors = {
         "input_ids": ids,
         "labels": labels,
@@ -290,7 +305,9 @@ def _check_ids(ids: Tensor, model: nn.Module) -> None:
         )
 
 
-def _check_labels(labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module, n_past: int) -> None:
+def _check_labels(
+    labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module, n_past: Sequence[int]
+) -> None:
     """Every row needs a token to predict, and must fit the model's context."""
     lengths = mask.sum(1)
     context = context_length(model)
@@ -301,9 +318,9 @@ def _check_labels(labels: Tensor, ids: Tensor, mask: Tensor, model: nn.Module, n
                 f"adapt: prompt {row} has {length} token{'s' * (length != 1)}, so there is nothing"
                 " to predict. Give at least two tokens."
             )
-        if context is not None and n_past + length > context:
+        if context is not None and n_past[row] + length > context:
             raise ValueError(
-                f"adapt: prompt {row} has {n_past + length} tokens but the model's context is"
+                f"adapt: prompt {row} has {n_past[row] + length} tokens but the model's context is"
                 f" {context}. Shorten it."
             )
     kept = labels[:, 1:] != IGNORE_INDEX

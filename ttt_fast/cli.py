@@ -297,6 +297,11 @@ def _naive_options(trainer: TTTTrainer) -> dict[str, Any]:
             f"--compare: scope {config.scope!r} is a slice of {sliced[0]}, and the naive loop "
             f"adapts whole parameters only. Leave --compare out or widen the scope."
         )
+    if config.kv != "exact":
+        raise CommandError(
+            "--compare: the naive loop sees the whole prompt, --kv frozen spans of it; these are"
+            " two objectives. Leave one of them out."
+        )
     if config.dropout or (config.decoupled_weight_decay and config.optimizer == "sgd"):
         raise CommandError(
             "--compare: the naive loop has neither --dropout nor SGD with "

@@ -21,11 +21,14 @@ _CHOICES = {
     "snapshot": ("device", "host", "undo"),
     "backend": ("auto", *BACKENDS),
     "checkpointing": ("auto", True, False),
+    "kv": ("exact", "frozen"),
 }
 _GROUP_OPTIONS = (
     "lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "betas",
     "eps",
 )  # fmt: skip
+# What only adapt does; other ways to adapt have batches of their own.
+SPAN_OPTIONS = ("kv", "span_tokens", "spans")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TTTConfig:
             stock torch does).
         snapshot: where the original weights are kept: "device", "host", or "undo" (sparse log,
             16-bit weights).
-        seed: of stochastic rounding and of dropout.
+        seed: of stochastic rounding, of dropout and of spans.
         dropout: leave dropout on during steps (the model runs in eval mode otherwise).
         max_batch_tokens: tokens, padding included, that go through the model at once where several
             deltas do; None for no bound.
@@ -71,6 +74,13 @@ class TTTConfig:
         check_every: steps between looks at the losses for non-finite values; default 1 on a CPU,
             ``steps`` on a GPU, where a look waits for the device. Whatever it is, nothing is
             written after a step that was not finite.
+        kv: keys and values that a token attends to: "exact", those of the adapted weights; or
+            "frozen", another objective: before the span that a step sees, those of the unadapted
+            weights, computed once (query-only test-time training, :mod:`ttt_fast.frozen_keys`).
+            Never chosen automatically.
+        span_tokens: with kv="frozen", tokens that a span predicts, each from all before it; the
+            span is drawn anew at every step, seeded. A shorter prompt is one span.
+        spans: likewise, spans of each prompt at a step; the loss is their mean.
         backend: "auto", or what every op runs in that has it and can, on its tensors: "torch",
             "cpp", "triton" or "cuda".
 
@@ -103,6 +113,9 @@ class TTTConfig:
     memory_budget: int | None = None
     checkpointing: bool | str = "auto"
     check_every: int | None = None
+    kv: str = "exact"
+    span_tokens: int = 128
+    spans: int = 1
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -113,7 +126,7 @@ class TTTConfig:
                     f"TTTConfig: {name}={value!r} is unknown; use one of "
                     f"{', '.join(map(repr, choices))}."
                 )
-        for name, least in (("steps", 0), ("check_every", 1)):
+        for name, least in (("steps", 0), ("check_every", 1), ("span_tokens", 1), ("spans", 1)):
             value = getattr(self, name)
             if name == "check_every" and value is None:
                 continue
@@ -176,6 +189,14 @@ class TTTConfig:
     def random_stream(self, delta: int, step: int) -> int:
         """Seed of what is random in one step of one delta, below 2⁶³."""
         return ((self.seed * 1_000_003 + delta) * 1_000_003 + step) & ((1 << 63) - 1)
+
+    def span_length(self, n_tokens: int) -> int:
+        """Tokens of a span of a prompt with kv="frozen": those that it predicts, and the first."""
+        return min(self.span_tokens + 1, n_tokens)
+
+    def tokens_of_step(self, n_tokens: int) -> int:
+        """Tokens of a prompt that go through the model in a step."""
+        return n_tokens if self.kv == "exact" else self.spans * self.span_length(n_tokens)
 
     def lr_at(self, step: int) -> float:
         """Step size at a step, counted from 0.

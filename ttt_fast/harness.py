@@ -76,6 +76,11 @@ class TTTLM(HFLM):
                 f"ttt_fast: leave_one_out={leave_one_out}, segment_tokens={segment_tokens}; they"
                 " are a number of examples, at least 0, and of tokens, at least 2."
             )
+        if config.kv != "exact":
+            raise ValueError(
+                f"ttt_fast: kv={config.kv!r}, but likelihoods are computed with keys and values of"
+                " the adapted weights. Use kv=exact."
+            )
         super().__init__(pretrained, **options)
         if self.backend != "causal":
             raise ValueError(f"ttt_fast: {pretrained} is no causal language model; use hf.")

@@ -3,6 +3,8 @@
 A parameter changes them unless everything that it acts on comes after the last layer's keys and
 values: an output head that is not the embedding, the final norm, and of the last decoder layer the
 query, the attention's output, and what follows. That is known by name; any other is taken to.
+
+With ``kv="frozen"`` they are those of the unadapted weights by definition, whatever adapts.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.scope import Selection, decoder_layers
 
 # Of a decoder layer: what comes after its keys and values.
@@ -29,6 +32,10 @@ _FINAL_NORM = re.compile(r"(model\.|transformer\.)?(norm|ln_f)\.(weight|bias)")
 _PLAIN = frozenset({
     "max_new_tokens", "min_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p",
     "min_p", "eos_token_id", "pad_token_id", "repetition_penalty", "generation_config",
+})  # fmt: skip
+# Those that look on.
+_WATCHING = frozenset({
+    "streamer", "stopping_criteria", "return_dict_in_generate", "output_scores", "output_logits",
 })  # fmt: skip
 
 
@@ -91,10 +98,12 @@ class KeptPrompts:
 
     Attributes:
         reused: whether the last :meth:`options` had a cache from before; None without any.
+        frozen: keys and values to go on from, whatever has adapted; None with kv="exact".
     """
 
     def __init__(self, model: nn.Module, selections: Sequence[Selection]) -> None:
         self.reused: bool | None = None
+        self.frozen: FrozenKeys | None = None
         self._model, self._selections = model, selections
         self._kept: dict[int | None, Any] = {}
 
@@ -106,6 +115,7 @@ class KeptPrompts:
     def forget(self) -> None:
         """Keep nothing."""
         self._kept.clear()
+        self.frozen = None
 
     def options(
         self,
@@ -123,7 +133,12 @@ class KeptPrompts:
             mask: (N, T), 0 at padding.
             arguments: names that the model's forward takes.
             options: what the user gave.
+
+        Raises:
+            ValueError: there are frozen keys and values, and these arguments cannot go on from any.
         """
+        if self.frozen is not None:
+            return options | {"past_key_values": self._frozen_cache(key, ids, options)}
         self.reused = False
         if self.changed_by is not None or not takes_cache(self._model, options):
             return options
@@ -136,3 +151,17 @@ class KeptPrompts:
             self._kept[key] = cache
         # generate appends to the one that it is given.
         return options | {"past_key_values": copy.deepcopy(cache)}
+
+    def _frozen_cache(self, key: int | None, ids: Tensor, options: dict[str, Any]) -> Any:
+        plain = {name: value for name, value in options.items() if name not in _WATCHING}
+        if not takes_cache(self._model, plain):
+            can = ", ".join(sorted(_PLAIN | _WATCHING))
+            raise ValueError(
+                f"generate: got {', '.join(sorted(options)) or 'no arguments'}; with kv='frozen' an"
+                " answer goes on from the prompt's keys and values, one row a prompt and one token"
+                f" a step, and may have {can}. Pass input_ids to have keys and values computed with"
+                " the adapted weights."
+            )
+        self.reused = True
+        rows = range(len(self.frozen.ids)) if key is None else [key]
+        return self.frozen.cache(rows, ids.shape[1] - 1)

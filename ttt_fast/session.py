@@ -29,10 +29,12 @@ from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.engines.policy import Choice
 from ttt_fast.engines.prefix import FrozenPrefix
+from ttt_fast.frozen_keys import FrozenKeys, complete_contexts, prefill
 from ttt_fast.history import History
 from ttt_fast.objective import Objective, reduce_rows
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
+from ttt_fast.span_cache import reading
 
 if TYPE_CHECKING:
     from ttt_fast.adaptation import Adaptation
@@ -177,6 +179,21 @@ class Session:
                     )
         return losses
 
+    @torch.inference_mode(False)
+    def prefill(self, contexts: Batch) -> FrozenKeys:
+        """Keys and values of contexts with the unadapted weights, for steps on spans of them.
+
+        Args:
+            contexts: one in each row, with ``delta_index``; labels and weights do not matter.
+
+        Raises:
+            ValueError: the contexts do not fit, or the model gives no keys and values.
+        """
+        self._require_open()
+        contexts = complete_contexts(contexts, self.model, self.n_deltas)
+        with self._unharmed(), self.phases("prefill"):
+            return unadapted_keys(self.model, self.engine, contexts)
+
     def end(self) -> Adaptation:
         """Stop training; the adaptation takes over the session's hold of the model."""
         from ttt_fast.adaptation import Adaptation
@@ -221,6 +238,7 @@ class Session:
             engine.recording(deltas, rows),
             self._prefix.reused(rows),
             nullcontext() if self._checkpointing is None else self._checkpointing.around(rows),
+            reading(self.model, rows.past_key_values, self.config.dropout),
         ):
             with self.phases("forward"), held.released():
                 outputs = self.model(**rows.model_inputs(self._arguments))
@@ -412,9 +430,21 @@ def evaluate(
     n_deltas: int = 1,
 ) -> Tensor:
     """Loss of each delta's rows with what the model computes now, without a gradient: (n,)."""
-    with uninterrupted() as held, torch.no_grad(), evaluating(model), held.released():
+    with (
+        uninterrupted() as held,
+        torch.no_grad(),
+        evaluating(model),
+        reading(model, rows.past_key_values),
+        held.released(),
+    ):
         outputs = model(**rows.model_inputs(arguments))
         return reduce_rows(objective(outputs, rows), rows.row_weights, n_deltas)
+
+
+def unadapted_keys(model: nn.Module, engine: Engine, contexts: Batch) -> FrozenKeys:
+    """Keys and values of complete contexts with the weights that an engine found."""
+    with uninterrupted() as held, engine.unadapted(), evaluating(model), held.released():
+        return prefill(model, contexts)
 
 
 class uninterrupted:

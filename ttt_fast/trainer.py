@@ -23,6 +23,7 @@ from ttt_fast.engines.budget import refusal
 from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
+from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.objective import Objective, negative_log_likelihood
 from ttt_fast.scope import select_parameters
 from ttt_fast.session import Session, StepReport, holder, require_free
@@ -81,7 +82,7 @@ class TTTTrainer:
         Args:
             n_deltas: D.
             n_tokens: tokens that a delta sees in a step, for engine="auto" and the memory budget to
-                plan with; default 64.
+                plan with; default 64. With kv="frozen", of a delta's contexts.
 
         Raises:
             RuntimeError: another session or adaptation holds the model.
@@ -94,31 +95,39 @@ class TTTTrainer:
         return self._begin(self.plan(n_deltas, n_tokens or 64), n_deltas, n_tokens or 64)
 
     def plan(
-        self, n_deltas: int, n_tokens: int, engine: str | None = None, in_turn: bool = False
+        self,
+        n_deltas: int,
+        n_tokens: int,
+        engine: str | None = None,
+        in_turn: bool = False,
+        n_rows: int = 1,
     ) -> policy.Choice:
         """What an engine setting comes to: which one, why, and predicted time and memory.
 
         Args:
             n_deltas: D.
-            n_tokens: tokens that a delta sees in a step, the longest where they differ.
+            n_tokens: tokens of a delta's prompts, the longest where they differ. A step sees all of
+                them, or spans with kv="frozen".
             engine: "auto", "factored" or "dense"; default ``config.engine``.
             in_turn: with the dense engine each delta is restored before the next one, as in
                 :meth:`adapt_batches`; otherwise it keeps all of them, as :meth:`adapt` does.
+            n_rows: prompts of a delta.
         """
         param = self.selections[0].param
-        work = replace(self._workload(n_deltas, n_tokens), in_turn=in_turn)
+        work = replace(self._workload(n_deltas, n_tokens, n_rows), in_turn=in_turn)
         machine = calibration.machine(param.dtype, param.device)
         engine = engine or self.config.engine
         if engine == "auto" and torch.is_autocast_enabled(param.device.type):
             engine = "dense"  # factors are in the dtype of the weights
         return policy.choose(work, machine, engine)
 
-    def _workload(self, n_deltas: int, n_tokens: int) -> Workload:
+    def _workload(self, n_deltas: int, n_tokens: int, n_rows: int) -> Workload:
         if self._work is None:
             self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
         device = self.selections[0].param.device
         available = self.config.memory_budget or policy.free_bytes(device)
-        return replace(self._work, deltas=n_deltas, tokens=n_tokens, available_bytes=available)
+        work = replace(self._work, deltas=n_deltas, available_bytes=available)
+        return policy.on_prompts(work, self.config, n_tokens, n_rows)
 
     def _scoped(self, work: Workload, scope: str) -> Workload | None:
         """The work with another scope, None if the model has nothing by that name."""
@@ -128,25 +137,38 @@ class TTTTrainer:
         except ValueError:
             return None
         smaller = policy.workload(self.model, selections, config, work.deltas, work.tokens)
-        return replace(smaller, available_bytes=work.available_bytes)
+        return replace(
+            smaller,
+            tokens=work.tokens,
+            context=work.context,
+            available_bytes=work.available_bytes,
+        )
 
-    def _require_budget(self, choice: policy.Choice, n_deltas: int, n_tokens: int) -> None:
+    def _require_budget(
+        self, choice: policy.Choice, n_deltas: int, n_tokens: int, n_rows: int
+    ) -> None:
         """Refuse what would not fit the memory that the user has set."""
         budget = self.config.memory_budget
         if budget is None:
             return
-        work = self._workload(n_deltas, n_tokens)
+        work = self._workload(n_deltas, n_tokens, n_rows)
         reason = refusal(work, choice, budget, partial(self._scoped, work))
         if reason is not None:
             raise ValueError(f"adapt: {reason} Nothing has changed.")
 
     def _begin(
-        self, choice: policy.Choice, n_deltas: int, n_tokens: int, **options: Any
+        self,
+        choice: policy.Choice,
+        n_deltas: int,
+        n_tokens: int,
+        n_rows: int = 1,
+        **options: Any,
     ) -> Session:
-        self._require_budget(choice, n_deltas, n_tokens)
+        self._require_budget(choice, n_deltas, n_tokens, n_rows)
         engine = self._engine(choice.engine)
         if engine.together:
-            options["capacity"] = n_tokens * self.config.steps
+            tokens = self._workload(n_deltas, n_tokens, n_rows).tokens
+            options["capacity"] = tokens * self.config.steps
         return Session(
             self.model, engine, self.config, n_deltas, self.objective, choice=choice, **options
         )
@@ -198,14 +220,23 @@ class TTTTrainer:
             ValueError: bad input, or ``memory_budget`` is too small; says what would fit. Nothing
                 has changed, as after every other exception.
         """
+        given = {"labels": labels, "token_weights": token_weights, "position_ids": position_ids}
+        unused = [name for name, value in given.items() if value is not None]
+        if self.config.kv == "frozen" and unused:
+            raise ValueError(
+                f"adapt: got {', '.join(unused)}, but kv='frozen' draws spans anywhere in a prompt"
+                " and predicts all their tokens. Step on spans of your own (Session.prefill), or"
+                f" drop {', '.join(unused)}."
+            )
         batch = self._batch(
             prompt, labels, attention_mask, position_ids, token_weights, row_weights, deltas
         )
         require_free(self.model)
         n_deltas = int(batch.delta_index.max()) + 1
-        n_tokens = batch.input_ids.shape[1] * batch.n_rows // n_deltas
-        choice = self.plan(n_deltas, n_tokens)
-        begin = partial(self._begin, choice, n_deltas, n_tokens)
+        n_rows = batch.n_rows // n_deltas
+        n_tokens = batch.input_ids.shape[1] * n_rows
+        choice = self.plan(n_deltas, n_tokens, n_rows=n_rows)
+        begin = partial(self._begin, choice, n_deltas, n_tokens, n_rows)
         return self._adapt(begin, batch, on_step, stop, progress)
 
     def adapt_grid(
@@ -322,7 +353,7 @@ class TTTTrainer:
         count = 1
         while count < len(lengths):
             longest = lengths[count]
-            if limit is not None and (count + 1) * longest > limit:
+            if limit is not None and (count + 1) * self.config.tokens_of_step(longest) > limit:
                 break
             if self.plan(count + 1, longest).deltas_at_once <= count:
                 break
@@ -351,10 +382,13 @@ class TTTTrainer:
                     leave=False,
                 ) as bar,
             ):
-                for deltas, rows in session.parts(batch):
-                    self._adapt_part(session, deltas, rows, on_step, stop, bar)
+                frozen = session.prefill(batch) if self.config.kv == "frozen" else None
+                seen = batch if frozen is None else frozen.drawn(self.config, 0)
+                for deltas, rows in session.parts(seen):
+                    self._adapt_part(session, deltas, rows, on_step, stop, bar, frozen)
                 adaptation = session.end()
             adaptation.prompt, adaptation.tokenizer = batch, self.tokenizer
+            adaptation.go_on_from(frozen)
             adaptation.choice, adaptation.diverged = session.choice, session.diverged
             return adaptation
         except BaseException:
@@ -370,10 +404,14 @@ class TTTTrainer:
         on_step: Callable[[StepReport], None] | None,
         stop: Callable[[StepReport], bool] | None,
         bar: tqdm,
+        frozen: FrozenKeys | None,
     ) -> None:
-        """All steps of the deltas that go through the model together."""
+        """All steps of the deltas that go through the model together, on rows or drawn spans."""
         active, parts = list(deltas), [(deltas, rows)]
         for step in range(self.config.steps):
+            if frozen is not None:
+                drawn = frozen.drawn(self.config, step, active)
+                parts = [(deltas, drawn)] if active == [*deltas] else session.parts(drawn)
             # The session counts the steps of all deltas, a user those of the prompt.
             report = replace(session.step_parts(parts), step=step + 1)
             bar.update(len(active))

@@ -40,6 +40,8 @@ def refusal(
     uses = ", ".join(f"{use} {_size(size)}" for use, size in parts.items() if size)
     deltas = f"{work.deltas} deltas of " if work.deltas > 1 else ""
     how = " with checkpointing" if work.checkpointing else ""
+    if work.context:
+        how = f" on spans of {work.context} with kv='frozen'{how}"
     found = [*_what_fits(work, engine, budget, scoped)]
     least = "No smaller batch, scope or prompt fits, and no other engine."
     return (

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ttt_fast.batch import Batch
 from ttt_fast.scope import decoder_layers
+from ttt_fast.span_cache import SpanCache
 
 
 class Checkpointing:
@@ -53,9 +54,9 @@ class Checkpointing:
         """During the forward and backward of a step.
 
         Raises:
-            ValueError: there is a cache in front of the rows.
+            ValueError: there is a cache in front of the rows that forwards append to.
         """
-        if rows.past_key_values is not None:
+        if not isinstance(rows.past_key_values, SpanCache | None):
             raise ValueError(
                 "checkpointing=True: a layer that is computed again would append to"
                 " past_key_values twice. Use checkpointing=False."

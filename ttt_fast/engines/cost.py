@@ -27,6 +27,8 @@ from ttt_fast.engines.products import Products
 # Operations of attention for each pair of positions and channel: 2 products forward, 5 backward
 # (the scores are computed again), 2 operations each.
 _ATTENTION_FLOPS = 14
+# To frozen keys and values: 2 products forward, 3 backward.
+_FROZEN_FLOPS = 10
 
 
 # ---------------------------------------------------------------------------- the work
@@ -85,6 +87,9 @@ class Workload:
         vocabulary: width of the logits.
         attention_width: heads · head_dim, summed over the layers that attend.
         hidden_width: of the hidden states between decoder layers.
+        context: tokens of a delta's prompts whose keys and values are frozen; 0 if none are.
+        kv_width: numbers of keys and values of a token, summed over the layers.
+        joined: each layer gets frozen ones in a copy, together with those of the span.
         blocks: decoder layers that the gradient enters.
         checkpointing: those are computed again in the backward pass; "auto" where they have to.
         obstacle: why the factored engine cannot do this, None if it can.
@@ -104,6 +109,9 @@ class Workload:
     vocabulary: int = 0
     attention_width: int = 0
     hidden_width: int = 0
+    context: int = 0
+    kv_width: int = 0
+    joined: bool = False
     blocks: int = 0
     checkpointing: bool | str = False
     obstacle: str | None = None
@@ -218,6 +226,8 @@ def frozen_ms(work: Workload, machine: Machine, rows: int = 1) -> float:
         + machine.element_ns * tokens * work.width
         + machine.logit_ns * tokens * work.vocabulary
         + _ATTENTION_FLOPS * tokens * work.tokens * work.attention_width * machine.flop_ns
+        # A span is drawn anywhere: half of the context is before it, in the mean.
+        + _FROZEN_FLOPS * tokens * work.context / 2 * work.attention_width * machine.flop_ns
     )
 
 
@@ -315,7 +325,9 @@ def _saved_bytes(work: Workload, layer: Layer, engine: str) -> int:
         kept = layer.shares_input or (layer.keeps_input and layer.differentiated)
         numbers += 0 if kept else layer.in_
     return layer.count * (
-        numbers * work.itemsize + 4 * statistics + pairs * work.tokens * work.wide_itemsize
+        numbers * work.itemsize
+        + 4 * statistics
+        + pairs * (work.tokens + work.context) * work.wide_itemsize
     )
 
 
@@ -336,6 +348,7 @@ def dense_bytes(work: Workload) -> dict[str, int]:
         "delta": held * wide if work.accumulate_delta else 0,
         # The weights hold one delta; the others wait in copies.
         "weights": held * selected if held > 1 else 0,
+        **_frozen_bytes(work, 1),
         **_forward_bytes(work, 1, "dense"),
     }
 
@@ -358,8 +371,18 @@ def factored_bytes(work: Workload, at_once: int | None = None) -> dict[str, int]
     vectors = 4 * work.vector_parameters
     return {
         "factors": work.deltas * work.steps * (work.tokens * per_token + vectors),
+        **_frozen_bytes(work, at_once or work.deltas),
         **_forward_bytes(work, at_once or work.deltas, "factored"),
     }
+
+
+def _frozen_bytes(work: Workload, rows: int) -> dict[str, int]:
+    """Keys and values of all deltas' contexts; and what attention copies of ``rows`` of them."""
+    if not work.context:
+        return {}
+    # Copies for each query head are kept for the backward pass.
+    copies = rows * 2 * work.attention_width if work.joined else 0
+    return {"keys_values": work.context * work.itemsize * (work.deltas * work.kv_width + copies)}
 
 
 def _forward_bytes(work: Workload, rows: int, engine: str) -> dict[str, int]:
@@ -384,8 +407,11 @@ def deltas_at_once(work: Workload) -> int:
     """
     if work.available_bytes is None:
         return work.deltas
-    kept = factored_bytes(work, 1)["factors"]
     each = sum(_forward_bytes(work, 1, "factored").values())
+    kept = sum(factored_bytes(work, 1).values()) - each
+    if work.joined:
+        copies = sum(_frozen_bytes(work, 1).values()) - sum(_frozen_bytes(work, 0).values())
+        kept, each = kept - copies, each + copies
     if each == 0:
         return work.deltas if kept <= work.available_bytes else 0
     return max(0, min(work.deltas, (work.available_bytes - kept) // each))

@@ -170,6 +170,29 @@ class DenseEngine:
             else:
                 self.make_resident(outer)
 
+    @contextmanager
+    def unadapted(self) -> Iterator[None]:
+        """The model with its own weights; afterwards as it was.
+
+        Raises:
+            ValueError: weights that were logged as they changed cannot be there for a while.
+        """
+        outer = self.resident
+        if outer is None or self._states[outer].steps == 0:
+            yield
+            return
+        if self.config.snapshot == "undo":
+            raise ValueError(
+                "snapshot='undo' has the original weights again only at the end, and keys and"
+                " values of these were asked for. Use snapshot='device' or 'host'."
+            )
+        try:
+            self.set_aside()
+            self.restore()
+            yield
+        finally:
+            self.make_resident(outer)
+
     def cancel(self) -> None:
         """The session did not come about: no weight has changed yet."""
 

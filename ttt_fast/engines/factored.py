@@ -173,6 +173,17 @@ class FactoredEngine:
         finally:
             self.desk.layout = outer
 
+    @contextmanager
+    def unadapted(self) -> Iterator[None]:
+        """The model with its own weights and code; afterwards as it was."""
+        outer = self.desk.layout
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
+            self.desk.layout = outer
+
     def landed(self, delta: int) -> float:
         """Share of the update that reached what the forward reads: 1 by definition."""
         return 1.0

@@ -25,8 +25,15 @@ from ttt_fast.engines.cost import (
 )
 from ttt_fast.engines.factored import unsupported
 from ttt_fast.engines.machine import Machine
-from ttt_fast.engines.shapes import attention_width, crossed_blocks, hidden_width, layers_of
+from ttt_fast.engines.shapes import (
+    attention_width,
+    crossed_blocks,
+    hidden_width,
+    kv_width,
+    layers_of,
+)
 from ttt_fast.scope import Selection
+from ttt_fast.span_cache import attends_apart
 
 ENGINES = ("auto", "factored", "dense")
 
@@ -49,7 +56,7 @@ def workload(
         selections: what adapts.
         config: settings.
         n_deltas: D.
-        n_tokens: T, tokens of a delta at a step, the longest where they differ.
+        n_tokens: T, tokens of a delta's prompts, the longest where they differ.
         available_bytes: memory above the model, None for no limit; see :func:`free_bytes`.
     """
     rows = {id(s.param): s for s in selections}
@@ -58,7 +65,7 @@ def workload(
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # As for the engines: of a compiled model, and where torch's bits are wanted, the own code runs.
     stock = config.rounding == "torch" or hasattr(model, "_orig_mod")
-    return Workload(
+    work = Workload(
         layers=layers_of(model, rows, config.backend, stock),
         tokens=n_tokens,
         steps=config.steps,
@@ -71,11 +78,29 @@ def workload(
         vocabulary=head.weight.shape[0] if hasattr(head, "weight") else 0,
         attention_width=attention_width(model),
         hidden_width=hidden_width(model),
+        kv_width=kv_width(model),
+        joined=config.dropout or not attends_apart(model),
         blocks=0 if hasattr(model, "_orig_mod") else crossed_blocks(model, rows),
         checkpointing=config.checkpointing,
         obstacle=obstacle(model, selections, config),
         available_bytes=available_bytes,
     )
+    return on_prompts(work, config, n_tokens)
+
+
+def on_prompts(work: Workload, config: TTTConfig, n_tokens: int, n_rows: int = 1) -> Workload:
+    """The work with prompts of another length.
+
+    Args:
+        work: what was read off a model.
+        config: settings: with kv="frozen" a step sees spans of the prompts.
+        n_tokens: of all prompts of a delta.
+        n_rows: how many prompts these are.
+    """
+    if config.kv == "exact":
+        return replace(work, tokens=n_tokens)
+    tokens = n_rows * config.tokens_of_step(-(-n_tokens // n_rows))
+    return replace(work, tokens=tokens, context=n_tokens)
 
 
 def obstacle(model: nn.Module, selections: Sequence[Selection], config: TTTConfig) -> str | None:

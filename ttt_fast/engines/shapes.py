@@ -80,6 +80,12 @@ def attention_width(model: nn.Module) -> int:
     return heads * head_dim * getattr(config, "num_hidden_layers", 0)
 
 
+def kv_width(model: nn.Module) -> int:
+    """Return the keys and values of a token in all layers, 0 where it is not said."""
+    heads = getattr(_text_config(model), "num_key_value_heads", None) or _heads(model)
+    return 2 * attention_width(model) * heads // max(1, _heads(model))
+
+
 def hidden_width(model: nn.Module) -> int:
     """Return the width of the hidden states between decoder layers, 0 where it is not said."""
     hidden = getattr(_text_config(model), "hidden_size", 0)

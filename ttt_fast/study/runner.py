@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ttt_fast import ops
 from ttt_fast.conditions import model_name, versions
-from ttt_fast.config import TTTConfig
+from ttt_fast.config import SPAN_OPTIONS, TTTConfig
 from ttt_fast.study.grid import Grid, Setting
 from ttt_fast.study.plan import Plan, Portion, Unit, draw, fitting, portions
 from ttt_fast.study.report import StudyReport
@@ -142,7 +142,7 @@ def _check_options(task: Task, chat: bool, delta_norm: bool, options: dict[str, 
         raise ValueError(
             f"study: {', '.join(wrong)} is what the grid varies; give Grid({wrong[0]}=(...,))."
         )
-    known = {f.name for f in fields(TTTConfig)} - {"check_every"}
+    known = {f.name for f in fields(TTTConfig)} - {"check_every", *SPAN_OPTIONS}
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"study: {', '.join(unknown)} is not a setting of TTTConfig for a study.")
