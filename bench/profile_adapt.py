@@ -3,11 +3,11 @@
 The program
     python -m bench.profile_adapt [--model demo] [--engine dense] [--tokens 64] [--deltas 1] ...
 
-adapts once to warm up (kernels are compiled, memory is reserved), then once between
-cudaProfilerStart and cudaProfilerStop: the profilers are told to record only that. Every phase is a
-named range (NVTX): adapt > snapshot, step > forward, backward, update > norm; then restore. Where
-there is no GPU it says so and ends with status 2; `--device cpu` prints the phases' times without
-any profiler.
+adapts once to warm up (kernels are compiled, memory is reserved; with --cuda-graph three times, for
+the steps to be recorded), then once between cudaProfilerStart and cudaProfilerStop: the profilers
+are told to record only that. Every phase is a named range (NVTX): adapt > snapshot, step > forward,
+backward, update > norm; then restore. Where there is no GPU it says so and ends with status 2;
+`--device cpu` prints the phases' times without any profiler.
 
 Where the time goes: Nsight Systems
     make profile-nsys ARGS="--engine factored --deltas 16"
@@ -21,7 +21,9 @@ writes profile-nsys.nsys-rep (open it with nsys-ui) and prints four tables. What
      at the position ids.
   4. cuda_gpu_mem_time_sum: copies between host and device. In the steps there should be none.
 In the timeline, gaps between kernels while the CPU's row is full mean that launches are what
-limits the step: short prompts on small models. More deltas at once (--deltas) fill the gaps.
+limits the step: short prompts on small models. More deltas at once (--deltas) fill the gaps, and
+--cuda-graph does without launches: all steps are then one range, replay. nsys shows the kernels of
+a graph with --cuda-graph-trace=node.
 
 How good one kernel is: Nsight Compute
     make profile-ncu KERNEL=sgd_kernel ARGS="--engine dense --dtype bfloat16"
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of a prompt")
     parser.add_argument("--deltas", type=int, default=1, help="prompts at once")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--cuda-graph", action="store_true", help="replay the steps from a graph")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -80,13 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     model = load(args.model, getattr(torch, args.dtype)).to(device)
-    config = TTTConfig(steps=args.steps, engine=args.engine, optimizer=args.optimizer)
+    config = TTTConfig(
+        steps=args.steps,
+        engine=args.engine,
+        optimizer=args.optimizer,
+        cuda_graph=args.cuda_graph,
+    )
     trainer = TTTTrainer(model, config)
     generator = torch.Generator().manual_seed(0)
     # Ids that every vocabulary has.
     ids = torch.randint(3, 100, (args.deltas, args.tokens), generator=generator)
-    with trainer.adapt(ids, deltas="independent"):
-        pass
+    for _ in range(3 if args.cuda_graph else 1):
+        trainer.adapt(ids, deltas="independent").restore()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.profiler.start()

@@ -15,7 +15,8 @@ Only torch is imported here: the CUDA kernels take the same tables.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +78,8 @@ class _Cuts(NamedTuple):
 _TABLES: OrderedDict[Hashable, Any] = OrderedDict()
 _CUTS: OrderedDict[Hashable, Any] = OrderedDict()
 _INTEGERS: OrderedDict[Hashable, Any] = OrderedDict()
-# What a captured CUDA graph reads when it is replayed must never be freed.
+# What a captured CUDA graph reads when it is replayed must not be freed before the graph is: where
+# nobody says whose it is (captured_for), never.
 _CAPTURED: list[Any] = []
 
 
@@ -115,6 +117,17 @@ def pointer_tables(
 
     tables, _ = _kept(_TABLES, (memories, devices, chunk), build)
     return tables
+
+
+@contextmanager
+def captured_for(owner: list[Any]) -> Iterator[None]:
+    """Let what a CUDA graph reads that is captured in the body live as long as ``owner``."""
+    global _CAPTURED
+    outer, _CAPTURED = _CAPTURED, owner
+    try:
+        yield
+    finally:
+        _CAPTURED = outer
 
 
 def with_long_runs(

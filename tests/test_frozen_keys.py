@@ -1,8 +1,10 @@
 """kv="frozen": query-only test-time training, against the method written out in plain torch."""
 
+import peft
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_utils import AttentionInterface
 
 from tests.families import FAMILIES
 from tests.frozen_cases import (
@@ -53,6 +55,16 @@ def test_as_the_method_written_out(family, attention, monkeypatch):
 def test_other_scopes_leave_the_prefix_alone(engine, scope):
     model = fp64("llama_tied")
     assert agree(session(model, engine, scope=scope), loop(model, scope=scope))
+
+
+@ENGINES
+def test_adapters_of_peft_read_in_place_too(engine):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(fp64("qwen2"), config).double().eval()
+    assert span_cache.attends_apart(model)
+    assert agree(session(model, engine, scope="lora"), loop(model, scope="lora"))
 
 
 @ENGINES
@@ -381,9 +393,15 @@ def test_a_soft_cap_is_not_forgotten():
 def test_an_attention_that_is_not_replaced_is_noticed(monkeypatch):
     """It would see the span alone."""
     model = fp64()
-    sdpa = span_cache.AttentionInterface()["sdpa"]
-    monkeypatch.setitem(span_cache.AttentionInterface._global_mapping, "ttt_fast_span", sdpa)
-    monkeypatch.setattr(span_cache._Layer, "get_mask_sizes", lambda self, n: (n, 0))
+    span_cache._register()
+    interface = AttentionInterface._global_mapping
+    monkeypatch.setitem(interface, span_cache._NAME, interface["sdpa"])
+    sizes = span_cache._Layer.get_mask_sizes
+
+    def of_the_span(self, given):
+        return sizes(self, given)[0] - self.get_seq_length(), 0
+
+    monkeypatch.setattr(span_cache._Layer, "get_mask_sizes", of_the_span)
     offset = dict(raising=False)  # transformers 5 asks for it
     monkeypatch.setattr(span_cache.SpanCache, "get_query_offset", lambda *args: 0, **offset)
     with unchanged(model), pytest.raises(ValueError, match="layer 0 does not go through"):

@@ -67,6 +67,8 @@ class Adaptation:
             after one.
         prompt: the batch that ``adapt`` trained on, None for a session of the caller's own.
         tokenizer: the trainer's, to pass text to ``generate`` and ``loss``; likewise.
+        cuda_graph: whether the steps of ``adapt`` were replayed from a CUDA graph, and if not why;
+            empty for a session of the caller's own.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Adaptation:
         self.diverged = torch.zeros(self.n_deltas, dtype=torch.bool)
         self.prompt: Batch | None = None
         self.tokenizer: Any = None
+        self.cuda_graph = ""
         self._engine = engine
         self._phases = phases
         self._objective = objective
@@ -211,7 +214,7 @@ class Adaptation:
         for deltas, rows in parts_of(batch, self._engine, self.config):
             with self._engine.showing(deltas):
                 losses[list(deltas)] = evaluate(
-                    self.model, rows, self._objective, self._arguments, len(deltas)
+                    self.model, rows, self._objective, self._arguments, len(deltas), self._engine
                 ).to(losses)
         return losses
 
@@ -330,7 +333,10 @@ class Adaptation:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Phase -> milliseconds: snapshot, forward, backward, update, generate, restore."""
+        """Phase -> milliseconds: snapshot, forward, backward, update, generate, restore.
+
+        Where the steps are in a CUDA graph: record, replay.
+        """
         return self._phases.ms
 
     @property
@@ -343,6 +349,8 @@ class Adaptation:
         lines = [f"engine {self._engine_line()}"]
         if self.choice is not None:
             lines.append(f"chosen {self.choice.reason}")
+        if self.cuda_graph and self._phases.device.type != "cpu":
+            lines.append(self.cuda_graph)
         for delta in range(self.n_deltas):
             steps = int(self.steps[delta])
             name = f"delta {delta}: " if self.n_deltas > 1 else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_fast.span_cache import SpanCache
@@ -85,6 +86,24 @@ class Batch:
                 for name, tensor in tensors.items()
             }
         return replace(self, past_key_values=cache, **tensors)
+
+    def padded_to(self, n_tokens: int) -> Batch:
+        """The rows with padding on the right, to so many tokens. Of a complete batch only."""
+        extra = n_tokens - self.input_ids.shape[1]
+        if extra <= 0 or self.past_key_values is not None:
+            return self
+        positions = self.position_ids
+        if positions is None:
+            positions = torch.arange(n_tokens - extra, device=self.device).expand_as(self.input_ids)
+        fill = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0, "token_weights": 0}
+        given = {name: getattr(self, name) for name in fill}
+        tensors = {
+            name: F.pad(tensor, (0, extra), value=fill[name])
+            for name, tensor in given.items()
+            if tensor is not None
+        }
+        tensors["position_ids"] = torch.cat([positions, positions[:, -1:].expand(-1, extra)], 1)
+        return replace(self, **tensors)
 
     @torch.inference_mode(False)
     def runs(

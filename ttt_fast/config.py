@@ -21,6 +21,7 @@ _CHOICES = {
     "snapshot": ("device", "host", "undo"),
     "backend": ("auto", *BACKENDS),
     "checkpointing": ("auto", True, False),
+    "cuda_graph": ("auto", True, False),
     "kv": ("exact", "frozen"),
 }
 _GROUP_OPTIONS = (
@@ -64,6 +65,10 @@ class TTTConfig:
         dropout: leave dropout on during steps (the model runs in eval mode otherwise).
         max_batch_tokens: tokens, padding included, that go through the model at once where several
             deltas do; None for no bound.
+        pad_to_multiple_of: let prompts of ``adapt`` go through the model padded on the right to a
+            multiple of so many tokens, so that those of several lengths share a CUDA graph (and the
+            kernels that are made for a shape). The padding is masked: equal up to rounding. Default
+            None, no padding.
         memory_budget: bytes above the model that a run may need at its peak, by the formulas of
             :mod:`ttt_fast.engines.cost`: the engine and how many deltas go at once are chosen to
             fit, and what cannot is refused before it starts. Default None: plan with what the
@@ -71,6 +76,10 @@ class TTTConfig:
         checkpointing: compute decoder layers again in the backward pass: True, False, or "auto",
             where the predicted peak does not fit the memory otherwise. Of a layer only the input
             is kept then. Exact, and a third more time.
+        cuda_graph: on a CUDA device, record the steps of ``adapt`` and replay them for later
+            prompts of the same shape, from the third on: True, False, or "auto", where it can be
+            done (:mod:`ttt_fast.graphs`); True raises and says why it cannot. At most 4 graphs are
+            kept, each with the memory that one step needs.
         check_every: steps between looks at the losses for non-finite values; default 1 on a CPU,
             ``steps`` on a GPU, where a look waits for the device. Whatever it is, nothing is
             written after a step that was not finite.
@@ -110,8 +119,10 @@ class TTTConfig:
     seed: int = 0
     dropout: bool = False
     max_batch_tokens: int | None = 2048
+    pad_to_multiple_of: int | None = None
     memory_budget: int | None = None
     checkpointing: bool | str = "auto"
+    cuda_graph: bool | str = "auto"
     check_every: int | None = None
     kv: str = "exact"
     span_tokens: int = 128
@@ -132,7 +143,7 @@ class TTTConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"TTTConfig: {name}={value!r}; it must be an integer >= {least}.")
-        for name in ("max_batch_tokens", "memory_budget"):
+        for name in ("max_batch_tokens", "pad_to_multiple_of", "memory_budget"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"TTTConfig: {name}={value!r}; it must be None or at least 1.")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from ttt_fast.batch import IGNORE_INDEX, Batch, complete_batch, forward_arguments, pad_rows
 from ttt_fast.config import TTTConfig

@@ -34,6 +34,22 @@ class History:
         self._unread.append(row)
         self._taken.append(tuple(deltas))
 
+    def unread(self) -> tuple[Tensor, list[tuple[int, ...]]]:
+        """What all steps measured, (S, 2, D) on the device, while the host has seen none of it.
+
+        With the deltas of each step: what :meth:`replace` takes.
+        """
+        return torch.stack(self._unread), list(self._taken)
+
+    def replace(self, measured: Tensor, taken: Sequence[tuple[int, ...]]) -> None:
+        """Have the steps of another history, instead of none."""
+        self._unread, self._taken = list(measured), list(taken)
+
+    def table(self) -> Tensor:
+        """What all steps measured, (S, 2, D) on the host."""
+        self.read()
+        return torch.stack(self._rows)
+
     def read(self) -> None:
         """Copy what the host has not seen yet from the device, all at once."""
         if self._unread:

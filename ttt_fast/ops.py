@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttt_fast import reference
+from ttt_fast import placement, reference
 from ttt_fast.dispatch import (
     SCHEMAS,
     backend_for,
@@ -449,7 +449,7 @@ def nll_(
     vocabulary = logits.shape[1]
     if vocabulary == 0:
         raise ValueError("nll_: logits have no columns; V must be at least 1.")
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not placement.look_waits(logits.device) and not torch.compiler.is_compiling():
         wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
         if wrong.any():
             row = int(wrong.nonzero()[0])

@@ -1,4 +1,4 @@
-"""Which memory parameters have, to notice when one was replaced, resized, moved or cast."""
+"""Where tensors lie: to notice one that was replaced, moved or cast, and what a look costs."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ class Placement:
             if layout(tensor) != was and (address or _kind(tensor) != kind):
                 return Change(name, was, layout(tensor))
         return None
+
+
+def look_waits(device: torch.device) -> bool:
+    """Whether a look at a value makes the host wait for all that was launched on the device."""
+    return device.type != "cpu"
+
+
+def places(tensors: Iterable[Tensor]) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
+    """Address, dtype, shape and strides of each tensor: all that a launch bakes in."""
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def layout(tensor: Tensor) -> str:

@@ -79,6 +79,10 @@ class Phases:
     @contextmanager
     def _measured(self, name: str) -> Iterator[None]:
         if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # Nothing runs, and an event that goes into a graph has no time.
+                yield
+                return
             torch.cuda.reset_peak_memory_stats(self.device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

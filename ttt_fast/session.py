@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ttt_fast import profiling
+from ttt_fast import placement, profiling
 from ttt_fast.batch import Batch, complete_batch, forward_arguments
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.checkpointing import Checkpointing
@@ -31,7 +31,7 @@ from ttt_fast.engines.policy import Choice
 from ttt_fast.engines.prefix import FrozenPrefix
 from ttt_fast.frozen_keys import FrozenKeys, complete_contexts, prefill
 from ttt_fast.history import History
-from ttt_fast.objective import Objective, reduce_rows
+from ttt_fast.objective import Objective, delta_losses, fused_reduction
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
 from ttt_fast.span_cache import reading
@@ -81,6 +81,23 @@ class StepReport:
         )
 
 
+@dataclass(frozen=True)
+class LoopState:
+    """What all steps of a session have left, for another session to go on from.
+
+    Attributes:
+        measured: (S, 2, D) losses and gradient norms.
+        found_inf: (D,).
+        taken: the deltas of each step.
+        engine: what the engine noted on the host.
+    """
+
+    measured: Tensor
+    found_inf: Tensor
+    taken: list[tuple[int, ...]]
+    engine: Any
+
+
 class Session:
     """Steps on one or several deltas, from :meth:`TTTTrainer.begin`; its ``with`` block aborts."""
 
@@ -107,12 +124,9 @@ class Session:
         param = engine.selections[0].param
         self.phases = Phases(param.device)
         self._dtype = compute_dtype(param.dtype)
-        self.steps = 0
-        self.history = History(n_deltas, self._dtype, self.phases.device)
-        self._found_inf = torch.zeros(n_deltas, device=self.phases.device)
-        # Elsewhere than on a CPU a look at the losses waits for everything before it.
-        on_cpu = self.phases.device.type == "cpu"
-        self._check_every = config.check_every or (1 if on_cpu else max(1, config.steps))
+        self._clear()
+        waits = placement.look_waits(self.phases.device)
+        self._check_every = config.check_every or (max(1, config.steps) if waits else 1)
         self._arguments = forward_arguments(model)
         self._prefix = FrozenPrefix(model, config.dropout)
         planned = config.checkpointing is True if choice is None else choice.checkpointing
@@ -154,13 +168,7 @@ class Session:
         """
         self._require_open()
         with self._unharmed(), profiling.annotate("step", self.phases.device):
-            self.steps += 1
-            row = self.history.open_step()
-            for deltas, rows in parts:
-                span = slice(deltas[0], deltas[-1] + 1)
-                row[0, span], row[1, span] = self._step_together(deltas, rows)
-            self.engine.finish_step(self._found_inf)
-            self.history.close_step(row, [delta for deltas, _ in parts for delta in deltas])
+            row = self._take_step(parts)
             if self.steps % self._check_every == 0:
                 self._check()
         return StepReport(self.steps, *row)
@@ -175,7 +183,7 @@ class Session:
             for deltas, rows in self.parts(batch):
                 with self.engine.showing(deltas):
                     losses[deltas[0] : deltas[-1] + 1] = evaluate(
-                        self.model, rows, self.objective, self._arguments, len(deltas)
+                        self.model, rows, self.objective, self._arguments, len(deltas), self.engine
                     )
         return losses
 
@@ -207,6 +215,50 @@ class Session:
             hold(self.model, adaptation)
         return adaptation
 
+    # ------------------------------------------------------------------ all steps at once
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether decoder layers are computed again in the backward pass."""
+        return self._checkpointing is not None
+
+    @torch.inference_mode(False)
+    def record(self, parts: Sequence[tuple[tuple[int, ...], Batch]]) -> LoopState:
+        """All steps of each part in turn, for a graph: nobody looks at what they give.
+
+        Whatever is raised inside, :meth:`restart` or :meth:`abort` is for the caller to do.
+        """
+        self._require_open()
+        self._clear()
+        self.engine.open_recording()
+        for part in parts:
+            for _ in range(self.config.steps):
+                self._take_step([part])
+        measured, taken = self.history.unread()
+        return LoopState(measured, self._found_inf, taken, self.engine.bookkeeping())
+
+    @torch.inference_mode(False)
+    def adopt(self, state: LoopState) -> None:
+        """Go on from where a replay of :meth:`record` has come; nothing of it is shared."""
+        self._require_open()
+        with self._unharmed():
+            self.steps = len(state.taken)
+            self.history.replace(state.measured.clone(), state.taken)
+            self._found_inf = state.found_inf.clone()
+            self.engine.adopt(state.engine)
+            self._check()
+
+    @torch.inference_mode(False)
+    def restart(self) -> None:
+        """Be as after :meth:`TTTTrainer.begin`: original weights, no steps."""
+        self._require_open()
+        with self._unharmed(), uninterrupted():
+            self.engine.start_over()
+            self._prefix.forget()
+            self._clear()
+
+    # ------------------------------------------------------------------ the end
+
     def abort(self) -> None:
         """Give up: restore the weights, bit for bit. A session that has ended is left alone."""
         if not self._open:
@@ -229,20 +281,39 @@ class Session:
         """(D,) bool: a step was not finite; the delta stays as it was before it."""
         return self._found_inf != 0
 
+    def _take_step(self, parts: Sequence[tuple[tuple[int, ...], Batch]]) -> Tensor:
+        """One step, at which nobody looks; returns (losses, norms), (2, D)."""
+        self.steps += 1
+        row = self.history.open_step()
+        for deltas, rows in parts:
+            span = slice(deltas[0], deltas[-1] + 1)
+            row[0, span], row[1, span] = self._step_together(deltas, rows)
+        self.engine.finish_step(self._found_inf)
+        self.history.close_step(row, [delta for deltas, _ in parts for delta in deltas])
+        return row
+
     def _step_together(self, deltas: tuple[int, ...], rows: Batch) -> tuple[Tensor, Tensor]:
         """Forward, backward and update of some deltas; returns (losses, norms), (n,) each."""
-        engine = self.engine
+        engine, seed = self.engine, self._dropout_seed(deltas[0])
+
+        def forward() -> Any:
+            if seed is not None:
+                torch.manual_seed(seed)
+            return self.model(**rows.model_inputs(self._arguments))
+
         with (
             uninterrupted() as held,
-            training(self.model, engine, dropout_seed=self._dropout_seed(deltas[0])),
+            training(self.model, engine, dropout=seed is not None),
             engine.recording(deltas, rows),
             self._prefix.reused(rows),
             nullcontext() if self._checkpointing is None else self._checkpointing.around(rows),
             reading(self.model, rows.past_key_values, self.config.dropout),
+            engine.head.answering(rows, len(deltas), fused_reduction(self.objective)) as call,
         ):
             with self.phases("forward"), held.released():
-                outputs = self.model(**rows.model_inputs(self._arguments))
-                losses = reduce_rows(self._row_losses(outputs, rows), rows.row_weights, len(deltas))
+                outputs, losses = engine.head.run(call, forward, engine.mark)
+                if losses is None:
+                    losses = delta_losses(self.objective, outputs, rows, len(deltas))
                 del outputs
             if not losses.requires_grad:
                 raise ValueError(
@@ -259,15 +330,11 @@ class Session:
                 norms = engine.update(deltas, self._found_inf)
         return losses, norms
 
-    def _row_losses(self, outputs: Any, rows: Batch) -> Tensor:
-        losses = self.objective(outputs, rows)
-        if not isinstance(losses, Tensor) or losses.shape != (rows.n_rows,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(
-                f"adapt: the objective returned {got}; it must return one loss for each of the"
-                f" {rows.n_rows} rows, a tensor of shape ({rows.n_rows},)."
-            )
-        return losses
+    def _clear(self) -> None:
+        """No steps yet."""
+        self.steps = 0
+        self.history = History(self.n_deltas, self._dtype, self.phases.device)
+        self._found_inf = torch.zeros(self.n_deltas, device=self.phases.device)
 
     def _nan_per_delta(self) -> Tensor:
         return torch.full((self.n_deltas,), torch.nan, dtype=self._dtype, device=self.phases.device)
@@ -392,7 +459,7 @@ def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def training(model: nn.Module, engine: Engine, dropout_seed: int | None = None) -> Iterator[None]:
+def training(model: nn.Module, engine: Engine, dropout: bool = False) -> Iterator[None]:
     """The state in which a step runs: eval mode, gradients for the selected parameters only.
 
     Gradient flags, stored gradients, module modes and the random state are afterwards as they were
@@ -409,11 +476,9 @@ def training(model: nn.Module, engine: Engine, dropout_seed: int | None = None) 
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            evaluating(model, dropout=dropout_seed is not None),
-            torch.random.fork_rng(devices, enabled=dropout_seed is not None),
+            evaluating(model, dropout=dropout),
+            torch.random.fork_rng(devices, enabled=dropout),
         ):
-            if dropout_seed is not None:
-                torch.manual_seed(dropout_seed)
             yield
     finally:
         for param, requires_grad, grad in found:
@@ -425,9 +490,10 @@ def training(model: nn.Module, engine: Engine, dropout_seed: int | None = None) 
 def evaluate(
     model: nn.Module,
     rows: Batch,
-    objective: Callable[..., Tensor],
+    objective: Objective,
     arguments: frozenset[str],
-    n_deltas: int = 1,
+    n_deltas: int,
+    engine: Engine,
 ) -> Tensor:
     """Loss of each delta's rows with what the model computes now, without a gradient: (n,)."""
     with (
@@ -435,10 +501,13 @@ def evaluate(
         torch.no_grad(),
         evaluating(model),
         reading(model, rows.past_key_values),
+        engine.head.answering(rows, n_deltas, fused_reduction(objective)) as call,
         held.released(),
     ):
-        outputs = model(**rows.model_inputs(arguments))
-        return reduce_rows(objective(outputs, rows), rows.row_weights, n_deltas)
+        outputs, losses = engine.head.run(
+            call, lambda: model(**rows.model_inputs(arguments)), engine.mark
+        )
+        return delta_losses(objective, outputs, rows, n_deltas) if losses is None else losses
 
 
 def unadapted_keys(model: nn.Module, engine: Engine, contexts: Batch) -> FrozenKeys:

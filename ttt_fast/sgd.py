@@ -92,7 +92,8 @@ class Coefficients:
         decoupled_weight_decay: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        if nesterov and bool((torch.as_tensor(dampening) != 0).any()):
+        damped = dampening.any() if isinstance(dampening, Tensor) else dampening
+        if nesterov and bool(damped):
             raise ValueError(
                 f"Coefficients: nesterov with dampening={dampening}; Nesterov momentum needs"
                 " dampening=0."

@@ -205,6 +205,11 @@ class Snapshot:
         return self._logs[device].select([position.get(self._first[i]) for i in indices])
 
     @property
+    def memory(self) -> list[Tensor]:
+        """All tensors that it writes to, copies and logs."""
+        return [*self._buffers, *(t for log in self._logs.values() for t in log.tensors)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes in use: copies and, with "undo", what has been logged until now."""
         copies = sum(buffer.nbytes for buffer in self._buffers)

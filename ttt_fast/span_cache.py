@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from ttt_fast.span_attention import Past, span_attention
 
@@ -176,6 +174,8 @@ def _attention(
     """Transformers' attention interface: (N, t, H, D), and no attention weights."""
     layer = getattr(key, "ttt_fast_layer", None)
     if layer is None:
+        from transformers.modeling_utils import AttentionInterface
+
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer.unread = None
@@ -205,6 +205,8 @@ def reading(model: nn.Module, cache: Any, dropout: bool = False) -> Iterator[Non
         yield
         return
     found = [] if dropout or _autocast(model) else _configs(model)
+    if found:
+        _register()
     try:
         for config in found:
             setattr(config, _SETTING, _NAME)
@@ -226,7 +228,8 @@ def attends_apart(model: nn.Module) -> bool:
 
 def _configs(model: nn.Module) -> list[Any]:
     """Configurations that decide for torch's attention, as long as nothing is compiled."""
-    kinds = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    kinds = {type(m) for m in model.modules()}
+    kinds = {kind for kind in kinds if hasattr(kind, "_can_set_attn_implementation")}
     if hasattr(model, "_orig_mod") or not all(map(_asks_the_interface, kinds)):
         return []
     configs = {id(m.config): m.config for m in model.modules() if type(m) in kinds}
@@ -238,10 +241,16 @@ def _autocast(model: nn.Module) -> bool:
 
 
 @remember
-def _asks_the_interface(kind: type[PreTrainedModel]) -> bool:
+def _asks_the_interface(kind: type[nn.Module]) -> bool:
     return kind._can_set_attn_implementation()
 
 
-# A name that no model's configuration has but in `reading`; masks are as for torch's attention.
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+@remember
+def _register() -> None:
+    """Give our attention a name, which no model's configuration has but in :func:`reading`."""
+    # To import these takes seconds, and a model of transformers has done it.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -24,7 +24,8 @@ from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.frozen_keys import FrozenKeys
-from ttt_fast.objective import Objective, negative_log_likelihood
+from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
+from ttt_fast.objective import Objective, fused_reduction, negative_log_likelihood
 from ttt_fast.scope import select_parameters
 from ttt_fast.session import Session, StepReport, holder, require_free
 
@@ -60,6 +61,7 @@ class TTTTrainer:
         self.model = model
         self.config = TTTConfig() if config is None else config
         self.tokenizer = tokenizer
+        self._own_objective = objective is not None
         self.objective = objective or partial(
             negative_log_likelihood,
             reduction=self.config.reduction,
@@ -74,6 +76,7 @@ class TTTTrainer:
                     " trained. Load the model outside torch.inference_mode()."
                 )
         self._engines: dict[str, DenseEngine | FactoredEngine] = {}
+        self._graphs: dict[str, LoopGraphs] = {}
         self._work: Workload | None = None
 
     def begin(self, n_deltas: int = 1, n_tokens: int | None = None) -> Session:
@@ -127,7 +130,14 @@ class TTTTrainer:
         device = self.selections[0].param.device
         available = self.config.memory_budget or policy.free_bytes(device)
         work = replace(self._work, deltas=n_deltas, available_bytes=available)
+        if not self._computes_loss_in_head():
+            work = replace(work, loss_in_head=False)
         return policy.on_prompts(work, self.config, n_tokens, n_rows)
+
+    def _computes_loss_in_head(self) -> bool:
+        """Whether nobody needs logits, as far as this trainer knows."""
+        own = fused_reduction(self.objective) is not None
+        return own and all(engine.head.plain is not False for engine in self._engines.values())
 
     def _scoped(self, work: Workload, scope: str) -> Workload | None:
         """The work with another scope, None if the model has nothing by that name."""
@@ -142,6 +152,7 @@ class TTTTrainer:
             tokens=work.tokens,
             context=work.context,
             available_bytes=work.available_bytes,
+            loss_in_head=work.loss_in_head,
         )
 
     def _require_budget(
@@ -179,6 +190,8 @@ class TTTTrainer:
         if name not in self._engines or self._engines[name].in_use:
             kind = FactoredEngine if name == "factored" else DenseEngine
             self._engines[name] = kind(self.model, self.selections, self.config)
+            # A graph knows the addresses of one engine's buffers.
+            self._graphs[name] = LoopGraphs()
         return self._engines[name]
 
     def adapt(
@@ -234,7 +247,7 @@ class TTTTrainer:
         require_free(self.model)
         n_deltas = int(batch.delta_index.max()) + 1
         n_rows = batch.n_rows // n_deltas
-        n_tokens = batch.input_ids.shape[1] * n_rows
+        n_tokens = self._padded_length(batch) * n_rows
         choice = self.plan(n_deltas, n_tokens, n_rows=n_rows)
         begin = partial(self._begin, choice, n_deltas, n_tokens, n_rows)
         return self._adapt(begin, batch, on_step, stop, progress)
@@ -293,7 +306,7 @@ class TTTTrainer:
         batch = replace(single.rows(torch.zeros(n, dtype=torch.int64)), delta_index=torch.arange(n))
         batch = complete_batch(batch, self.model, n)
         require_free(self.model)
-        n_tokens = batch.input_ids.shape[1]
+        n_tokens = self._padded_length(batch)
         choice = self.plan(n, n_tokens, "factored")
         begin = partial(self._begin, choice, n, n_tokens, configs=configs, keep_diverged=True)
         adaptation = self._adapt(begin, batch, on_step, None, progress)
@@ -371,6 +384,7 @@ class TTTTrainer:
         progress: bool,
     ) -> Adaptation:
         """All steps of all deltas of a complete batch."""
+        reason = self._graph_obstacle(watched=on_step is not None or stop is not None)
         try:
             with (
                 profiling.annotate("adapt", self.selections[0].param.device),
@@ -382,11 +396,20 @@ class TTTTrainer:
                     leave=False,
                 ) as bar,
             ):
+                graphs = self._graphs[session.engine.name]
                 frozen = session.prefill(batch) if self.config.kv == "frozen" else None
                 seen = batch if frozen is None else frozen.drawn(self.config, 0)
-                for deltas, rows in session.parts(seen):
-                    self._adapt_part(session, deltas, rows, on_step, stop, bar, frozen)
+                parts = [
+                    (deltas, rows.padded_to(self._padded_length(rows)))
+                    for deltas, rows in session.parts(seen)
+                ]
+                if reason is None and graphs.take_steps(session, parts):
+                    bar.update(bar.total)
+                else:
+                    for deltas, rows in parts:
+                        self._adapt_part(session, deltas, rows, on_step, stop, bar, frozen)
                 adaptation = session.end()
+            adaptation.cuda_graph = graphs.status if reason is None else one_by_one(reason)
             adaptation.prompt, adaptation.tokenizer = batch, self.tokenizer
             adaptation.go_on_from(frozen)
             adaptation.choice, adaptation.diverged = session.choice, session.diverged
@@ -395,6 +418,21 @@ class TTTTrainer:
             # Ctrl-C may have come between two lines, while nobody else would have restored.
             self.restore()
             raise
+
+    def _padded_length(self, rows: Batch) -> int:
+        """Tokens that rows have in the model, with the padding that was asked for."""
+        length, multiple = rows.input_ids.shape[1], self.config.pad_to_multiple_of or 1
+        longest = context_length(self.model) or math.inf
+        return max(length, min(-(-length // multiple) * multiple, longest))
+
+    def _graph_obstacle(self, watched: bool) -> str | None:
+        """Why steps are not recorded, in words; None where they may be."""
+        if self.config.cuda_graph is False:
+            return "cuda_graph=False"
+        reason = obstacle(self.model, self.config, self._own_objective, watched)
+        if reason is not None:
+            demand(self.config, reason)
+        return reason
 
     def _adapt_part(
         self,

@@ -124,6 +124,19 @@ def test_what_a_graph_captures_is_kept_and_not_found_by_others(monkeypatch):
     assert pointer_tables([tensors], 64) is not captured
 
 
+def test_what_a_graph_captures_goes_with_its_owner(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    everybodys, owner = [], []
+    monkeypatch.setattr(pointer_table, "_CAPTURED", everybodys)
+    tensors = [torch.randn(100)]
+    with pointer_table.captured_for(owner):
+        captured = pointer_tables([tensors], 64)
+    assert any(entry[0] is captured for entry in owner if len(entry) == 2) and not everybodys
+    pointer_tables([tensors], 64)
+    assert everybodys
+
+
 def test_nothing_gives_no_table():
     assert pointer_tables([], 64) == pointer_tables([[], []], 64) == []
     assert pointer_tables([[torch.zeros(0)], [torch.zeros(0)]], 64) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ttt_fast.engines.cost import Workload, dense_bytes, factored_bytes
+from ttt_fast.engines.cost import Workload, dense_bytes, factored_bytes, largest
 from ttt_fast.engines.policy import Choice
 
 # What to offer in place of a larger scope.
@@ -69,7 +69,7 @@ def _what_fits(
     other = "factored" if engine == "dense" else "dense"
     if (other == "dense" or work.obstacle is None) and fits(work, other):
         yield f"engine={other!r} ({_size(size(work, other))})"
-    n = _most(work.deltas, lambda n: fits(replace(work, deltas=n)))
+    n = largest(work.deltas, lambda n: fits(replace(work, deltas=n)))
     if 0 < n < work.deltas:
         yield f"{n} prompt{'s' * (n > 1)} at a time ({_size(size(replace(work, deltas=n)))})"
     for scope in _SCOPES:
@@ -77,18 +77,9 @@ def _what_fits(
         if smaller is not None and smaller.obstacle is None and fits(smaller):
             yield f"scope={scope!r} ({_size(size(smaller))})"
             break
-    n = _most(work.tokens, lambda n: fits(replace(work, tokens=n)))
+    n = largest(work.tokens, lambda n: fits(replace(work, tokens=n)))
     if 1 < n < work.tokens:
         yield f"{n} tokens"
-
-
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to a limit that fits, 0 if not even 1 does."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def _size(number: int) -> str:

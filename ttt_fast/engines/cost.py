@@ -17,10 +17,12 @@ unless ``MALLOC_MMAP_THRESHOLD_=65536`` is in the environment.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ttt_fast.engines.head_kinds import most_tokens
 from ttt_fast.engines.machine import Machine
 from ttt_fast.engines.products import Products
 
@@ -51,6 +53,7 @@ class Layer:
         pairs: numbers for each pair of tokens, likewise: attention that is written out.
         keeps_input: its input is among what is saved, whether it trains or not.
         inside: of a decoder layer.
+        head: it gives the logits.
         count: how many there are.
     """
 
@@ -66,6 +69,7 @@ class Layer:
     pairs: int = 0
     keeps_input: bool = False
     inside: bool = False
+    head: bool = False
     count: int = 1
 
 
@@ -85,6 +89,7 @@ class Workload:
         accumulate_delta: the dense engine keeps a float32 Δ.
         rounding: as in TTTConfig.
         vocabulary: width of the logits.
+        loss_in_head: the head computes the losses, a few tokens at a time, and gives no logits.
         attention_width: heads · head_dim, summed over the layers that attend.
         hidden_width: of the hidden states between decoder layers.
         context: tokens of a delta's prompts whose keys and values are frozen; 0 if none are.
@@ -107,6 +112,7 @@ class Workload:
     accumulate_delta: bool = False
     rounding: str = "nearest"
     vocabulary: int = 0
+    loss_in_head: bool = False
     attention_width: int = 0
     hidden_width: int = 0
     context: int = 0
@@ -133,6 +139,11 @@ class Workload:
     def wide_itemsize(self) -> int:
         """Bytes of a number that is kept in fp32 at least."""
         return max(4, self.itemsize)
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether the logits of all tokens are there at the same time, for a loss behind them."""
+        return not self.loss_in_head or self.rounding == "torch"
 
     @property
     def forward_weights(self) -> float:
@@ -280,26 +291,36 @@ def factored_ms(work: Workload, machine: Machine, at_once: int | None = None) ->
 
 
 def saved_bytes(work: Workload, engine: str) -> int:
-    """Bytes that autograd saves for each token of a forward, the loss not counted.
+    """Bytes that autograd saves for each token of a forward.
 
         Σ over what the gradient crosses      a norm: its input and 1 / rms
                                               attention: query, key, value, result, log-sum-exp
                                               a gated MLP: gate and up
+                                              the head with the loss: the gradient of its input
         + Σ over the linears that train       the input, in the dense engine, where neither a
                                               sibling nor attention has it
+        + the head, if it trains              in the dense engine its input and the gradient of
+                                              the logits, of tokens with a label, and no other
 
     and nothing for frozen linears, nor below the lowest module that trains. In the factored engine
-    inputs are among the factors. For modules of other families see :mod:`ttt_fast.engines.shapes`.
+    inputs and the logits' gradient are among the factors. Where the model gives its logits, the
+    loss saves their gradient, which is not among these. For modules of other families see
+    :mod:`ttt_fast.engines.shapes`.
     """
     return sum(_saved_bytes(work, layer, engine) for layer in work.layers)
 
 
-def activation_bytes(work: Workload, engine: str) -> int:
+def activation_bytes(work: Workload, engine: str, rows: int = 1) -> int:
     """Bytes for each token that are there at the peak: all that is saved.
 
     With checkpointing, the inputs of the layers and what is saved outside of them; and what one of
     them saves, or the dense engine's factors of gradients that are not formed, which it keeps until
     the update. By then the logits are gone, so that only what exceeds them counts.
+
+    Args:
+        work: what is to be done.
+        engine: "dense" or "factored".
+        rows: how many times ``work.tokens`` tokens go through the model together.
     """
     if work.checkpointing is not True or not work.blocks:
         return saved_bytes(work, engine)
@@ -313,7 +334,10 @@ def activation_bytes(work: Workload, engine: str) -> int:
             if x.inside and x.kind == "linear" and _stays_factors(work, x)
         )
     later = max(kept, -(-inside // work.blocks))
-    return whole + max(0, later - work.vocabulary * work.itemsize)
+    gone = work.vocabulary * work.itemsize
+    if not work.gives_logits:
+        gone = _logit_bytes(work, rows, engine) // (rows * work.tokens)
+    return whole + max(0, later - gone)
 
 
 def _saved_bytes(work: Workload, layer: Layer, engine: str) -> int:
@@ -321,9 +345,12 @@ def _saved_bytes(work: Workload, layer: Layer, engine: str) -> int:
     numbers = statistics = pairs = 0
     if layer.differentiated:
         numbers, statistics, pairs = layer.saved, layer.statistics, layer.pairs
-    if engine == "dense" and layer.kind == "linear" and layer.adapted_out:
+    trains_whole = engine == "dense" and layer.kind == "linear" and layer.adapted_out
+    if trains_whole:
         kept = layer.shares_input or (layer.keeps_input and layer.differentiated)
         numbers += 0 if kept else layer.in_
+    if layer.head and not work.gives_logits:
+        numbers += layer.out if trains_whole else layer.in_ * layer.differentiated
     return layer.count * (
         numbers * work.itemsize
         + 4 * statistics
@@ -387,16 +414,26 @@ def _frozen_bytes(work: Workload, rows: int) -> dict[str, int]:
 
 def _forward_bytes(work: Workload, rows: int, engine: str) -> dict[str, int]:
     """What ``rows`` times ``work.tokens`` tokens keep until their backward pass."""
-    tokens = rows * work.tokens
+    return {
+        "activations": rows * work.tokens * activation_bytes(work, engine, rows),
+        "logits": _logit_bytes(work, rows, engine),
+    }
+
+
+def _logit_bytes(work: Workload, rows: int, engine: str) -> int:
+    """Of the logits that are there at the same time, those not counted that the head keeps."""
+    tokens, token_bytes = rows * work.tokens, work.vocabulary * work.itemsize
+    if not work.gives_logits:
+        trains = any(layer.head and layer.adapted_out for layer in work.layers)
+        if engine == "dense" and trains:
+            return 0  # they become a factor of the gradient, and that is saved
+        return (tokens if trains else min(tokens, most_tokens(token_bytes))) * token_bytes
     # The logits, and their gradient in a copy; stock torch's loss has a log-softmax in fp32 at
     # least, and a cast of 16-bit logits.
-    logits = 2 * work.itemsize
+    numbers = 2 * work.itemsize
     if work.rounding == "torch":
-        logits = work.itemsize + work.wide_itemsize * (1 if work.itemsize >= 4 else 2)
-    return {
-        "activations": tokens * activation_bytes(work, engine),
-        "logits": tokens * work.vocabulary * logits,
-    }
+        numbers = work.itemsize + work.wide_itemsize * (1 if work.itemsize >= 4 else 2)
+    return tokens * work.vocabulary * numbers
 
 
 def deltas_at_once(work: Workload) -> int:
@@ -407,11 +444,17 @@ def deltas_at_once(work: Workload) -> int:
     """
     if work.available_bytes is None:
         return work.deltas
-    each = sum(_forward_bytes(work, 1, "factored").values())
-    kept = sum(factored_bytes(work, 1).values()) - each
-    if work.joined:
-        copies = sum(_frozen_bytes(work, 1).values()) - sum(_frozen_bytes(work, 0).values())
-        kept, each = kept - copies, each + copies
-    if each == 0:
-        return work.deltas if kept <= work.available_bytes else 0
-    return max(0, min(work.deltas, (work.available_bytes - kept) // each))
+
+    def fits(n: int) -> bool:
+        return sum(factored_bytes(work, n).values()) <= work.available_bytes
+
+    return largest(work.deltas, fits)
+
+
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to a limit that fits, 0 if not even 1 does; so do all smaller ones."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

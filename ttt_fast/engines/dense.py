@@ -8,9 +8,10 @@ with several, the others wait in copies and are swapped in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from ttt_fast import ops, profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.gradients import GradientBuffers
-from ttt_fast.engines.groups import group_config, group_of_each
+from ttt_fast.engines.groups import group_config, group_of_each, numbers
+from ttt_fast.engines.head import OutputHead, output_head
+from ttt_fast.engines.head_kinds import DenseHead, FrozenHead
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.products import (
     Block,
@@ -60,6 +63,12 @@ class _DeltaState:
     spare_weights: list[Tensor] | None = field(default=None, repr=False)
     steps: int = 0
 
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        lists = [*self.state.values(), self.deltas, self.landed.values()]
+        lists += [self.weights or [], self.spare_weights or []]
+        return [tensor for tensors in lists for tensor in tensors]
+
 
 class DenseEngine:
     """Trains deltas in the model's own weights. Buffers live from prompt to prompt.
@@ -94,6 +103,7 @@ class DenseEngine:
         # rounding="torch" promises the bits of the model's own code, gradients included.
         stock = config.rounding == "torch" or hasattr(model, "_orig_mod")
         self._pieces = [] if stock else list(pieces_of(model, config.backend, lambda x: False))
+        self.head = OutputHead(model, self._trained_head())
         self._states: list[_DeltaState] = []
         self._spare: list[_DeltaState] = []
         self.resident: int | None = None
@@ -118,7 +128,8 @@ class DenseEngine:
         else:
             self.snapshot.take()
         # In two steps: a begin that fails half way must not leave a state in both lists.
-        self._spare, self._states = self._spare + self._states, []
+        # A delta gets the buffers that it had last time: what is recorded knows their addresses.
+        self._spare, self._states = self._states + self._spare, []
         self._states = [self._new_state() for _ in range(n_deltas)]
         self.resident = 0 if n_deltas == 1 else None
 
@@ -155,6 +166,11 @@ class DenseEngine:
     def merge(self) -> None:
         """Leave the resident weights in the model for good."""
         self.resident = None
+
+    def start_over(self) -> None:
+        """The original weights, and all deltas at zero, whatever happened since :meth:`begin`."""
+        self.restore()
+        self.begin(len(self._states))
 
     @contextmanager
     def showing(self, deltas: Sequence[int]) -> Iterator[None]:
@@ -213,8 +229,44 @@ class DenseEngine:
         """Around what is computed again in a backward: what it saves is saved as it was."""
         return nullcontext()
 
+    def mark(self) -> Callable[[], None]:
+        """Note what is recorded; return what takes back the rest. A forward records nothing."""
+        return lambda: None
+
     def finish_step(self, found_inf: Tensor) -> None:
         """Nothing is left to do: the weights have changed."""
+
+    # ------------------------------------------------------------------ for a recorded loop
+
+    def open_recording(self) -> None:
+        """All that the steps start from is there since :meth:`begin`, at the same addresses."""
+
+    def memory(self) -> list[Tensor]:
+        """What steps read and write and what lives from prompt to prompt."""
+        kept = [tensor for state in self._states for tensor in state.tensors()]
+        return [
+            *self.views, *self.snapshot.memory, *kept, *self.gradients.memory,
+            *self._scratch.memory,
+        ]  # fmt: skip
+
+    def baked(self) -> Hashable:
+        """Numbers of the host that steps are launched with."""
+        return tuple((group, numbers(c)) for group, c in sorted(self._group_configs.items()))
+
+    def bookkeeping(self) -> Any:
+        """What the steps of a session have changed on the host."""
+        states = [
+            (list(state.step_counts), state.steps, state.weights, dict(state.landed))
+            for state in self._states
+        ]
+        return self.resident, states
+
+    def adopt(self, bookkeeping: Any) -> None:
+        """Note what the steps of a replay have changed, as if they had been taken."""
+        self.resident, states = bookkeeping
+        for state, (step_counts, steps, weights, landed) in zip(self._states, states, strict=True):
+            state.step_counts, state.steps = list(step_counts), steps
+            state.weights, state.landed = weights, dict(landed)
 
     # ------------------------------------------------------------------ one step
 
@@ -267,10 +319,18 @@ class DenseEngine:
 
     # ------------------------------------------------------------------ details
 
+    def _trained_head(self) -> FrozenHead | None:
+        """The model's head and where its gradients go, if there is one that is known."""
+        module = output_head(self._model)
+        if module is None:
+            return None
+        taken = self.gradients.taken(module)
+        return FrozenHead(module) if taken is None else DenseHead(module, *taken)
+
     def _new_state(self) -> _DeltaState:
         """A delta at zero, in buffers of an earlier session where there are any."""
         if self._spare:
-            state = self._spare.pop()
+            state = self._spare.pop(0)
             state.spare_weights = state.weights or state.spare_weights
             state.weights, state.steps = None, 0
             state.step_counts = [0] * len(self.views)

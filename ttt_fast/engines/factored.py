@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,19 +18,23 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ttt_fast import profiling
+from ttt_fast import placement, profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.factors import (
     Inputs,
+    Lookups,
     MatrixFactors,
     Padding,
+    RowBuffer,
     Rows,
     Track,
     VectorFactors,
     squared_norm,
 )
-from ttt_fast.engines.groups import group_config, group_of_each
+from ttt_fast.engines.groups import group_config, group_of_each, numbers
+from ttt_fast.engines.head import OutputHead, output_head
+from ttt_fast.engines.head_kinds import FactoredHead, FrozenHead
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
@@ -84,6 +88,7 @@ class FactoredEngine:
         taken = {site.module for site in self._sites}
         pieces = pieces_of(model, config.backend, self.desk.is_differentiated)
         self._pieces = [piece for piece in pieces if piece.module not in taken]
+        self.head = OutputHead(model, self._trained_head())
         self.placement = self._placement_now()
         self._inputs: list[Inputs] = []
         self._attached = ExitStack()
@@ -106,27 +111,32 @@ class FactoredEngine:
         self.n_deltas = n_deltas
         self.configs = [self.config] * n_deltas if configs is None else list(configs)
         self._capacity = capacity
-        self._root = Rows(n_deltas)
-        self.steps = 0
-        self._steps_of = [0] * n_deltas
         groups = sorted(set(self._groups))
         self._group_configs = {
             group: [group_config(config, group) for config in self.configs] for group in groups
         }
+        self.start_over()
+        self.attach()
+
+    def start_over(self) -> None:
+        """Every delta at zero. Whatever the steps start from is filled in on the device."""
+        self._root = Rows(self.n_deltas)
+        self.steps = 0
+        self._steps_of = [0] * self.n_deltas
         limits = [config.max_grad_norm for config in self.configs]
-        self._limits = torch.tensor(
-            [torch.inf if limit is None else limit for limit in limits], dtype=torch.float64
-        ).to(self.device)
-        tracks = {group: self._new_track(group) for group in groups}
+        limits = [torch.inf if limit is None else limit for limit in limits]
+        self._limits = self._filled(limits, torch.float64)
+        tracks = {group: self._new_track(group) for group in self._group_configs}
         self.tracks = list(tracks.values())
         for inputs in self._inputs:
-            inputs.begin(self._root, capacity)
+            inputs.begin(self._root, self._capacity)
         for factors, group in zip(self.factors, self._groups, strict=True):
-            rows = capacity if isinstance(factors, MatrixFactors) else self.config.steps
+            rows = self._capacity if isinstance(factors, MatrixFactors) else self.config.steps
             factors.begin(self._root, rows, tracks[group])
             tracks[group].members.append(factors)
         self._new_step()
-        self.attach()
+        if self.desk.layout is not None:
+            self.show(slice(0, self.n_deltas))
 
     def attach(self) -> None:
         """Let the modules compute with the deltas."""
@@ -199,6 +209,51 @@ class FactoredEngine:
             factors.nbytes for factors in self.factors
         )
 
+    # ------------------------------------------------------------------ for a recorded loop
+
+    def open_recording(self) -> None:
+        """Make what the steps start from once more, for the recording to have it, too."""
+        self.start_over()
+
+    def memory(self) -> list[Tensor]:
+        """What steps read and write and what lives from prompt to prompt."""
+        return [self.desk.anchor, *(buffer.memory for buffer in self._buffers())]
+
+    def baked(self) -> Hashable:
+        """Numbers of the host that steps are launched with."""
+        return tuple(
+            (group, tuple(map(numbers, configs))) for group, configs in self._group_configs.items()
+        )
+
+    def bookkeeping(self) -> Any:
+        """What the steps of a session have changed on the host."""
+        vectors = [each for each in self.factors if isinstance(each, VectorFactors)]
+        rows = [(use, use.rows) for use in (*self._recorders(), *vectors)]
+        filled = [(buffer, buffer.filled) for buffer in self._buffers()]
+        steps = self.steps, list(self._steps_of)
+        return *steps, self._root, self._limits, _copies(self.tracks), rows, filled
+
+    def adopt(self, bookkeeping: Any) -> None:
+        """Note what the steps of a replay have changed, as if they had been taken."""
+        self.steps, steps_of, self._root, self._limits, tracks, rows, filled = bookkeeping
+        self._steps_of = list(steps_of)
+        self.tracks = _copies(tracks)
+        for track in self.tracks:
+            for factors in track.members:
+                factors.track = track
+        for use, after in rows:
+            use.rows = use.pending = after
+        for buffer, count in filled:
+            buffer.filled = count
+        self._new_step()
+        self.show(slice(0, self.n_deltas))
+
+    def _buffers(self) -> Iterator[RowBuffer]:
+        for inputs in self._inputs:
+            yield inputs.buffer
+        for factors in self.factors:
+            yield from factors.buffers
+
     # ------------------------------------------------------------------ one step
 
     @contextmanager
@@ -218,11 +273,7 @@ class FactoredEngine:
         try:
             yield
         finally:
-            for inputs in self._inputs:
-                inputs.forget()
-            for factors in self.factors:
-                factors.open_forward()
-            self.desk.newest = None
+            self._forget_forward()
             self.desk.layout = shown
 
     @contextmanager
@@ -233,6 +284,17 @@ class FactoredEngine:
             yield
         finally:
             self.desk.recomputing = False
+
+    def mark(self) -> Callable[[], None]:
+        """Note what is recorded; return what takes back the rest of a forward."""
+        found = {id(each): each.pending for each in self._recorders()}
+
+        def undo() -> None:
+            self._forget_forward()
+            for each in self._recorders():
+                each.pending = found.get(id(each), each.rows)
+
+        return undo
 
     @torch.no_grad()
     def update(self, deltas: Sequence[int], found_inf: Tensor) -> Tensor:
@@ -262,7 +324,7 @@ class FactoredEngine:
         for factors in reached:
             self._reached.setdefault(id(factors), set()).update(deltas)
         broken = ~torch.isfinite(norms) | (found_inf[span] != 0)
-        if broken.device.type != "cpu" or bool(broken.any()):
+        if placement.look_waits(broken.device) or bool(broken.any()):
             # Its coefficients will be 0, and 0 times NaN is not 0.
             for factors in self.factors:
                 factors.blank(span, broken)
@@ -296,6 +358,28 @@ class FactoredEngine:
         self._new_step()
         # The coefficients that forwards outside a step use are the new ones.
         self.show(self.desk.layout.deltas)
+
+    def _recorders(self) -> list[Inputs | Lookups]:
+        """Whatever writes rows in a forward."""
+        lookups = (each.lookups for each in self.factors if isinstance(each, MatrixFactors))
+        return [*self._inputs, *(each for each in lookups if each is not None)]
+
+    def _forget_forward(self) -> None:
+        for inputs in self._inputs:
+            inputs.forget()
+        for factors in self.factors:
+            factors.open_forward()
+        self.desk.newest = None
+
+    def _trained_head(self) -> FrozenHead | None:
+        """The model's head and how it trains, if there is one that is known."""
+        module = output_head(self._model)
+        sites = [site for site in self._sites if site.module is module]
+        if module is None or not sites:
+            return None if module is None else FrozenHead(module)
+        matrix = sites[0].matrix
+        whole = matrix is not None and matrix.selection.rows is None
+        return FactoredHead(sites[0]) if whole else None
 
     def _placement_now(self) -> Placement:
         return Placement([(each.name, each.param) for each in self.selections], self._model)
@@ -336,12 +420,13 @@ class FactoredEngine:
 
         def each(name: str) -> Tensor:
             values = [getattr(config, name) for config in configs]
-            return torch.tensor(values, dtype=torch.float64).to(self.device)
+            return self._filled(values, torch.float64)
 
         coefficients = Coefficients(
             self.n_deltas,
             momentum=each("momentum"),
-            dampening=each("dampening"),
+            # Nesterov momentum has none, which is better known without a look at the device.
+            dampening=0.0 if configs[0].nesterov else each("dampening"),
             nesterov=configs[0].nesterov,
             weight_decay=each("weight_decay"),
             decoupled_weight_decay=configs[0].decoupled_weight_decay,
@@ -376,6 +461,11 @@ class FactoredEngine:
                 " adapted.weights_of(delta) as model`."
             )
         layout.n_rows = given.shape[0]
+
+
+def _copies(tracks: Sequence[Track]) -> list[Track]:
+    """The same tracks, to be changed without the others."""
+    return [Track(t.group, t.coefficients.clone(), t.decays, list(t.members)) for t in tracks]
 
 
 # ---------------------------------------------------------------------------- what can be factored

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ttt_fast import ops
+from ttt_fast import ops, placement
 from ttt_fast.engines.products import Uses, ghost_norms
 from ttt_fast.reference import compute_dtype
 from ttt_fast.scope import RowSlice, Selection
@@ -94,26 +94,39 @@ class RowBuffer:
         width: entries of a row.
         dtype: of the rows.
         device: of the rows.
+
+    Attributes:
+        filled: rows of the delta that has most.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width = width
         self._storage = torch.empty(0, dtype=dtype, device=device)
         self._data = self._storage.view(0, 0, width)
-        self._filled = 0
+        self.filled = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self._storage.nbytes
 
+    @property
+    def memory(self) -> Tensor:
+        """All rows, written or not, (D, capacity, width)."""
+        return self._data
+
     def begin(self, n_deltas: int, capacity: int) -> None:
-        """Forget the rows; make room for ``capacity`` of each delta where there is not enough."""
+        """Forget the rows; make room for ``capacity`` of each delta where there is not enough.
+
+        All memory there is belongs to the deltas: what needed more than it asked for in one session
+        finds it in the next, at the same addresses.
+        """
+        capacity = max(capacity, self._storage.numel() // max(1, n_deltas * self.width))
         numel = n_deltas * capacity * self.width
         if self._storage.numel() < numel:
             self._storage = self._storage.new_empty(numel)
         self._data = self._storage[:numel].view(n_deltas, capacity, self.width)
-        self._filled = 0
+        self.filled = 0
 
     def at(self, deltas: slice, start: Start, count: int) -> Tensor:
         """``count`` rows of some deltas from ``start`` on, (n, count, width).
@@ -174,16 +187,16 @@ class RowBuffer:
         end = (start if isinstance(start, int) else max(start)) + count
         n_deltas, capacity, _ = self._data.shape
         if end > capacity:
-            old = self._data[:, : self._filled]
+            old = self._data[:, : self.filled]
             self._storage = self._storage.new_empty(n_deltas * max(2 * capacity, end) * self.width)
             self._data = self._storage.view(n_deltas, -1, self.width)
-            self._data[:, : self._filled].copy_(old)
-        if end > self._filled:
+            self._data[:, : self.filled].copy_(old)
+        if end > self.filled:
             everyone = isinstance(start, int) and deltas.stop - deltas.start == n_deltas
             if not everyone:
                 # A shorter delta's coefficients are 0 there, and 0 times NaN is not 0.
-                self._data[:, self._filled : end].zero_()
-            self._filled = end
+                self._data[:, self.filled : end].zero_()
+            self.filled = end
 
 
 class Padding:
@@ -197,7 +210,7 @@ class Padding:
         self._padding = ~tokens
         # A few rows by their numbers take a thirtieth of the time of a mask over all. Elsewhere
         # than on a CPU the host would have to wait for the numbers.
-        numbered = tokens.device.type == "cpu"
+        numbered = not placement.look_waits(tokens.device)
         self._where = self._padding.nonzero(as_tuple=True) if numbered else None
 
     def blank_(self, rows: Tensor) -> None:
@@ -341,6 +354,12 @@ class MatrixFactors:
         lookups = self.lookups
         return self.dy.nbytes + (lookups.ids.nbytes + lookups.dy.nbytes if lookups else 0)
 
+    @property
+    def buffers(self) -> list[RowBuffer]:
+        """Where dY and the lookups are."""
+        lookups = self.lookups
+        return [self.dy, *([lookups.ids, lookups.dy] if lookups else [])]
+
     def begin(self, root: Rows, capacity: int, track: Track) -> None:
         """Start a session without rows."""
         self.dy.begin(len(root.lengths), capacity)
@@ -445,6 +464,11 @@ class VectorFactors:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.grads.nbytes
+
+    @property
+    def buffers(self) -> list[RowBuffer]:
+        """Where the gradients are."""
+        return [self.grads]
 
     def begin(self, root: Rows, capacity: int, track: Track) -> None:
         """Start a session without rows."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,11 @@ class _Slot:
     def clear(self) -> None:
         """Forget this step's gradient; the buffer stays."""
         self.arrived, self._products = False, None
+
+    @property
+    def has_buffer(self) -> bool:
+        """Whether it was needed yet."""
+        return self._buffer is not None
 
     @property
     def buffer(self) -> Tensor:
@@ -122,6 +127,22 @@ class _Slot:
             self.arrived, self._products = True, None
 
 
+class LinearSlots(NamedTuple):
+    """Where the gradients of a linear module go, None for what does not train."""
+
+    weight: _Slot | None
+    bias: _Slot | None
+    transposed: bool = False  # the weight is (in, out), as Conv1D's
+
+    def add(self, x: Tensor | None, dy: Tensor) -> None:
+        """Add what rows x (M, in), if the weight trains, and dy (M, out) give."""
+        if self.weight is not None:
+            selected = self.weight.select(dy)
+            self.weight.add_product(*((x, selected) if self.transposed else (selected, x)))
+        if self.bias is not None:
+            self.bias.add_sum(self.bias.select(dy))
+
+
 class _Linear(torch.autograd.Function):
     """y = x Wᵀ + b, or x W + b for Conv1D's (in, out) weight; dW and db go to their slots."""
 
@@ -131,39 +152,31 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        weight_slot: _Slot | None,
-        bias_slot: _Slot | None,
-        transposed: bool,
+        slots: LinearSlots,
     ) -> Tensor:
-        needs_x = weight_slot is not None or weight.requires_grad
+        needs_x = slots.weight is not None or weight.requires_grad
         ctx.save_for_backward(x if needs_x else None, weight)
-        ctx.slots = weight_slot, bias_slot
-        ctx.transposed = transposed
-        y = linear(x, weight.t() if transposed else weight)
+        ctx.slots = slots
+        y = linear(x, weight.t() if slots.transposed else weight)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        weight_slot, bias_slot = ctx.slots
+        slots, transposed = ctx.slots, ctx.slots.transposed
         rows = dy.reshape(-1, dy.shape[-1])
+        inputs = None if x is None else x.reshape(-1, x.shape[-1])
+        slots.add(inputs, rows)
         dx = dweight = dbias = None
-        if weight_slot is not None:
-            selected, inputs = weight_slot.select(rows), x.reshape(-1, x.shape[-1])
-            pair = (inputs, selected) if ctx.transposed else (selected, inputs)
-            weight_slot.add_product(*pair)
-        elif ctx.needs_input_grad[1]:
+        if slots.weight is None and ctx.needs_input_grad[1]:
             # Not a parameter but computed from one (a parametrization, weight_norm).
-            inputs = x.reshape(-1, x.shape[-1])
-            dweight = inputs.t() @ rows if ctx.transposed else rows.t() @ inputs
-        if bias_slot is not None:
-            bias_slot.add_sum(bias_slot.select(rows))
-        elif ctx.needs_input_grad[2]:
+            dweight = inputs.t() @ rows if transposed else rows.t() @ inputs
+        if slots.bias is None and ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         if ctx.needs_input_grad[0]:
-            dx = linear(dy, weight if ctx.transposed else weight.t())
-        return dx, dweight, dbias, None, None, None
+            dx = linear(dy, weight if transposed else weight.t())
+        return dx, dweight, dbias, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -203,7 +216,7 @@ class GradientBuffers:
     ) -> None:
         self._slots = [_Slot(selection) for selection in selections]
         by_param = {id(slot.selection.param): slot for slot in self._slots}
-        self._takeovers: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._takeovers: list[tuple[nn.Module, partial[Tensor]]] = []
         for module in model.modules() if reuse else ():
             forward = _forward_into_slots(module, by_param)
             if forward is not None:
@@ -239,6 +252,18 @@ class GradientBuffers:
         """
         return [slot.collect() for slot in self._slots]
 
+    def taken(self, module: nn.Module) -> tuple[LinearSlots, Callable[..., Tensor]] | None:
+        """Slots of a linear module, and its forward while recording; None if it keeps its own."""
+        for each, forward in self._takeovers:
+            if each is module and forward.func is _linear_forward:
+                return forward.args[1], forward
+        return None
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The buffers there are."""
+        return [slot.buffer for slot in self._slots if slot.has_buffer]
+
     def _device_type(self) -> str:
         return self._slots[0].selection.param.device.type
 
@@ -251,7 +276,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _forward_into_slots(module: nn.Module, slots: dict[int, _Slot]) -> Callable[..., Tensor] | None:
+def _forward_into_slots(module: nn.Module, slots: dict[int, _Slot]) -> partial[Tensor] | None:
     """The replacement of ``module.forward``, None if the module cannot be taken over."""
     weight = getattr(module, "weight", None)
     weight_slot = slots.get(id(weight))
@@ -260,8 +285,8 @@ def _forward_into_slots(module: nn.Module, slots: dict[int, _Slot]) -> Callable[
         return None
     forward = type(module).forward
     if forward is nn.Linear.forward or forward is Conv1D.forward:
-        transposed = forward is Conv1D.forward
-        return partial(_linear_forward, module, weight_slot, bias_slot, transposed)
+        slots = LinearSlots(weight_slot, bias_slot, forward is Conv1D.forward)
+        return partial(_linear_forward, module, slots)
     plain = weight_slot is not None and weight_slot.selection.rows is None
     if forward is nn.Embedding.forward and plain:
         if module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
@@ -269,14 +294,8 @@ def _forward_into_slots(module: nn.Module, slots: dict[int, _Slot]) -> Callable[
     return None
 
 
-def _linear_forward(
-    module: nn.Module,
-    weight_slot: _Slot | None,
-    bias_slot: _Slot | None,
-    transposed: bool,
-    x: Tensor,
-) -> Tensor:
-    return _Linear.apply(x, module.weight, module.bias, weight_slot, bias_slot, transposed)
+def _linear_forward(module: nn.Module, slots: LinearSlots, x: Tensor) -> Tensor:
+    return _Linear.apply(x, module.weight, module.bias, slots)
 
 
 def _embedding_forward(module: nn.Embedding, slot: _Slot, ids: Tensor) -> Tensor:

@@ -36,6 +36,15 @@ def group_of_each(
     return chosen
 
 
+def numbers(config: TTTConfig) -> tuple[object, ...]:
+    """What the steps take from settings as numbers, a schedule written out."""
+    rates = tuple(config.lr_at(step) for step in range(config.steps))
+    return (
+        rates, config.momentum, config.dampening, config.nesterov, config.weight_decay,
+        config.decoupled_weight_decay, config.max_grad_norm, config.betas, config.eps,
+    )  # fmt: skip
+
+
 def group_config(config: TTTConfig, group: int) -> TTTConfig:
     """The settings of a group, -1 for the parameters that no group names."""
     return config if group < 0 else config.for_group(config.param_groups[group])

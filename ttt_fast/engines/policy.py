@@ -24,6 +24,7 @@ from ttt_fast.engines.cost import (
     factored_ms,
 )
 from ttt_fast.engines.factored import unsupported
+from ttt_fast.engines.head import expects_no_logits
 from ttt_fast.engines.machine import Machine
 from ttt_fast.engines.shapes import (
     attention_width,
@@ -76,6 +77,7 @@ def workload(
         accumulate_delta=config.accumulate == "delta",
         rounding=config.rounding,
         vocabulary=head.weight.shape[0] if hasattr(head, "weight") else 0,
+        loss_in_head=not stock and expects_no_logits(model),
         attention_width=attention_width(model),
         hidden_width=hidden_width(model),
         kv_width=kv_width(model),

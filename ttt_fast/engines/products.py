@@ -289,6 +289,11 @@ class Scratch:
             formed.append(place.view(param.shape))
         return formed
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The buffers there are."""
+        return list(self._buffers.values())
+
     def _buffer(self, numel: int, like: Tensor) -> Tensor:
         """At least so many elements, flat."""
         key = like.device, like.dtype

@@ -172,7 +172,7 @@ class _Keeping:
         if layer.kind == "vector":
             return self._norm(layer, leaf, module, parent) if attribute == "weight" else layer
         if module is self._head:
-            return layer  # the loss keeps what it gives
+            return replace(layer, head=True)
         if "Attention" in type(parent).__name__:
             return self._attention(layer, parent) if leaf in _ATTENTION_OUTPUTS else layer
         if leaf in _MLP_INPUTS:

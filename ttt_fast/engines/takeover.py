@@ -29,6 +29,7 @@ from ttt_fast.engines.factors import (
     MatrixFactors,
     Padding,
     Rows,
+    Start,
     Track,
     VectorFactors,
     add_product_,
@@ -214,8 +215,7 @@ class LinearSite:
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's forward with the deltas of the layout."""
-        layout = self.desk.layout
-        bias = None if self.bias is None else effective_vector(self.bias, layout)
+        layout, bias = self.desk.layout, self.effective_bias()
         if self.matrix is None:
             weight = self.module.weight.detach()
             y = F.linear(x, weight.t() if isinstance(self.module, Conv1D) else weight)
@@ -225,6 +225,10 @@ class LinearSite:
             return _Linear.apply(x, bias, self.desk.anchor, self)
         y = self.product(layout.split(x, self.name), bias, layout)
         return y.view(*x.shape[:-1], -1)
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias of each delta (n, out), None where it is the module's own."""
+        return None if self.bias is None else effective_vector(self.bias, self.desk.layout)
 
     def product(
         self, x: Tensor, bias: Tensor | None, layout: Layout, append: Tensor | None = None
@@ -306,8 +310,8 @@ class LinearSite:
         return lookups.dy.first(deltas, R), lookups.ids.first(deltas, R).transpose(1, 2), beta
 
     def record(
-        self, x: Tensor, rows: Tensor, layout: Layout
-    ) -> tuple[int | tuple[int, ...], Tensor | None]:
+        self, x: Tensor, rows: Tensor, layout: Layout, padding: Padding | None
+    ) -> tuple[Start, Tensor | None]:
         """The start of x's rows in X, and where the product is to write them, if it is."""
         matrix, desk = self.matrix, self.desk
         if matrix.inputs is None:
@@ -315,8 +319,27 @@ class LinearSite:
             joins = newest is not None and newest.is_new and newest.is_last(x)
             matrix.inputs = newest if joins else desk.new_inputs(x)
         desk.newest = matrix.inputs
-        padding = layout.padding_among(rows.shape[1])
         return matrix.inputs.record(x, rows, layout.deltas, layout.step, padding)
+
+    def record_gradient(
+        self, dy: Tensor, start: Start, layout: Layout, padding: Padding | None, needs_dx: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Write dy (n, M, out) beside the rows of X that begin at ``start``.
+
+        Returns:
+            dx, if it is needed, and dy as it was recorded: 0 at padding.
+        """
+        append = self.matrix.room_for_dy(layout.deltas, start, dy.shape[1]) if needs_dx else None
+        if append is None:
+            dy = dy if padding is None else padding.blanked(dy)
+            self.matrix.record_dy(layout.deltas, start, dy)
+        dx = self.input_gradient(dy, layout, append) if needs_dx else None
+        if append is None:
+            return dx, dy
+        if padding is not None:
+            padding.blank_(append)
+            padding.blank_(dx)
+        return dx, append
 
 
 class _Linear(torch.autograd.Function):
@@ -328,12 +351,11 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         layout = site.desk.layout
         rows = layout.split(x, site.name)
-        append = None
+        padding, append = layout.padding_among(rows.shape[1]), None
         if not site.desk.recomputing:
-            ctx.start, append = site.record(x, rows, layout)
+            ctx.start, append = site.record(x, rows, layout, padding)
         ctx.site, ctx.layout, ctx.shape = site, layout, x.shape
         y = site.product(rows, bias, layout, append)
-        padding = layout.padding_among(rows.shape[1])
         if append is not None and padding is not None:
             padding.blank_(append)
         # To autograd no view, so that a model may write into what it gets.
@@ -345,19 +367,9 @@ class _Linear(torch.autograd.Function):
         site, layout = ctx.site, ctx.layout
         dy = dy.reshape(layout.n, -1, dy.shape[-1]).contiguous()
         padding = layout.padding_among(dy.shape[1])
-        append = dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            append = site.matrix.room_for_dy(layout.deltas, ctx.start, dy.shape[1])
-        if append is None:
-            dy = dy if padding is None else padding.blanked(dy)
-            site.matrix.record_dy(layout.deltas, ctx.start, dy)
-        if ctx.needs_input_grad[0]:
-            dx = site.input_gradient(dy, layout, append)
-        if append is not None and padding is not None:
-            padding.blank_(append)
-            padding.blank_(dx)
+        dx, recorded = site.record_gradient(dy, ctx.start, layout, padding, ctx.needs_input_grad[0])
+        dbias = None
         if ctx.needs_input_grad[1]:
-            recorded = dy if append is None else append
             dbias = recorded.sum(1, dtype=site.bias.base.dtype)
         return dx if dx is None else dx.view(ctx.shape), dbias, None, None
 
