@@ -52,8 +52,8 @@ class Suite:
     def run(self) -> dict[str, Any]:
         """Every comparison; one that raises is noted and the others go on."""
         parts = [
-            self.copies, self.updates, self.gram_norms, self.delta_linears, self.rank_updates,
-            self.losses, self.adaptations,
+            self.copies, self.updates, self.gram_norms, self.gram_norms_of_layers,
+            self.delta_linears, self.rank_updates, self.losses, self.adaptations,
         ]  # fmt: skip
         for part in parts:
             for group, make in part():
@@ -250,6 +250,32 @@ class Suite:
                     return sides
 
                 yield f"gram_norm, 2048 x 8192, B = {B}, T = {T}, {_name(dtype)}", make
+
+    def gram_norms_of_layers(self) -> Iterator[tuple[str, Callable[[], Sides]]]:
+        """‖dyᵀ x‖² of all layers of a step: each by itself, and together."""
+        n_layers = 3 if self.small else 168
+        for T, B in ((20, 1), (20, 16), (256, 1)):
+
+            def make(T: int = T, B: int = B) -> Sides:
+                xs, dys = (
+                    [self._random(B, T, 1536, dtype=torch.bfloat16) for _ in range(n_layers)]
+                    for _ in range(2)
+                )
+                moved = sum(t.nbytes for t in (*xs, *dys))
+                sides: Sides = {
+                    "ours, one by one": (
+                        lambda: [ops.gram_norm(x, dy) for x, dy in zip(xs, dys, strict=True)],
+                        moved,
+                    )
+                }
+                for name in self._backends("gram_norms"):
+                    sides[f"ours, together, {name}"] = (
+                        lambda name=name: ops.gram_norms(xs, dys, backend=name),
+                        moved,
+                    )
+                return sides
+
+            yield f"gram_norms, {n_layers} of 1536 x 1536, B = {B}, T = {T}, bfloat16", make
 
     def delta_linears(self) -> Iterator[tuple[str, Callable[[], Sides]]]:
         """A factored layer, beside the plain one and the formula."""

@@ -232,19 +232,38 @@ Tensor grad_norm(Tensors grads) {
   return result;
 }
 
-Tensor gram_norm(Tensor x, Tensor dy) {
-  const View views[2] = {describe(x, "gram_norm", "x", 0, false),
-                         describe(dy, "gram_norm", "dy", 0, false)};
+// Norms of one pair, written to `norms` (B,) of its compute type; `wide`: that is double.
+void gram_norm_into(const Tensor& x, const Tensor& dy, const char* op, size_t i, bool wide,
+                    int64_t batch, void* norms) {
+  const View views[2] = {describe(x, op, "x", i, false), describe(dy, op, "dy", i, false)};
   STD_TORCH_CHECK(x.dim() == 3 && dy.dim() == 3 && x.sizes()[0] == dy.sizes()[0] &&
-                      x.sizes()[1] == dy.sizes()[1],
-                  "gram_norm: x must be (B, M, in) and dy (B, M, out).");
-  STD_TORCH_CHECK(
-      views[0].is_float() && views[0].dtype == views[1].dtype,
-      "gram_norm: x and dy must be of one dtype, float32, bfloat16, float16 or float64.");
+                      x.sizes()[1] == dy.sizes()[1] && x.sizes()[0] == batch,
+                  op, ": x must be (B, M, in) and dy (B, M, out).");
+  STD_TORCH_CHECK(views[0].is_float() && views[0].dtype == views[1].dtype &&
+                      (views[0].dtype == Dtype::F64) == wide,
+                  op, ": x and dy must be of one dtype, float32, bfloat16, float16 or float64.");
+  gram_norm_cpu(views[0], views[1], batch, x.sizes()[1], norms);
+}
+
+Tensor gram_norm(Tensor x, Tensor dy) {
+  STD_TORCH_CHECK(x.dim() == 3, "gram_norm: x must be (B, M, in) and dy (B, M, out).");
+  const bool wide = dtype_of(x) == Dtype::F64;
   const std::vector<int64_t> shape = {x.sizes()[0]};
-  Tensor norms = torch::stable::empty(
-      shape, views[0].dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float);
-  gram_norm_cpu(views[0], views[1], x.sizes()[0], x.sizes()[1], norms.data_ptr());
+  Tensor norms = torch::stable::empty(shape, wide ? ScalarType::Double : ScalarType::Float);
+  gram_norm_into(x, dy, "gram_norm", 0, wide, shape[0], norms.data_ptr());
+  return norms;
+}
+
+Tensor gram_norms(Tensors xs, Tensors dys) {
+  STD_TORCH_CHECK(!xs.empty() && xs.size() == dys.size() && xs[0].dim() == 3,
+                  "gram_norms: xs must be (B, M, in) and dys (B, M, out), as many of both.");
+  const bool wide = dtype_of(xs[0]) == Dtype::F64;
+  const std::vector<int64_t> shape = {int64_t(xs.size()), xs[0].sizes()[0]};
+  Tensor norms = torch::stable::empty(shape, wide ? ScalarType::Double : ScalarType::Float);
+  char* row = static_cast<char*>(norms.data_ptr());
+  for (size_t i = 0; i < xs.size(); ++i, row += shape[1] * norms.element_size()) {
+    gram_norm_into(xs[i], dys[i], "gram_norms", i, wide, shape[1], row);
+  }
   return norms;
 }
 
@@ -484,6 +503,7 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
       "int seed) -> ()");
   m.def("grad_norm(Tensor[] grads) -> Tensor");
   m.def("gram_norm(Tensor x, Tensor dy) -> Tensor");
+  m.def("gram_norms(Tensor[] xs, Tensor[] dys) -> Tensor");
   m.def(
       "delta_linear(Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho, "
       "Tensor(a!)? append) -> Tensor");
@@ -506,6 +526,7 @@ STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("adamw_", TORCH_BOX(&ttt_fast::adamw_));
   m.impl("grad_norm", TORCH_BOX(&ttt_fast::grad_norm));
   m.impl("gram_norm", TORCH_BOX(&ttt_fast::gram_norm));
+  m.impl("gram_norms", TORCH_BOX(&ttt_fast::gram_norms));
   m.impl("delta_linear", TORCH_BOX(&ttt_fast::delta_linear));
   m.impl("nll_", TORCH_BOX(&ttt_fast::nll_));
   m.impl("rms_norm", TORCH_BOX(&ttt_fast::rms_norm));

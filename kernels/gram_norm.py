@@ -2,9 +2,9 @@
 
 Fused: both Gram matrices, their elementwise product and its sum. A program has one tile of tokens
 by tokens of both in registers; neither leaves the chip. They are symmetric: only tiles on and above
-the diagonal are computed, those above count twice. One launch serves all deltas, or with
-:func:`gram_norms_launch` all layers of a step; a second, tiny one adds up the tiles of a delta in a
-fixed order where there is more than one.
+the diagonal are computed, those above count twice. One launch serves all deltas, and gram_norms.py
+has one for all layers of a step; a second, tiny one adds up the tiles of a delta in a fixed order
+where there is more than one.
 
 Bytes moved: every tile reads the rows of its tokens, so x and dy are read (n + 1) / 2 times where a
 delta has n tiles of tokens (once up to 64 tokens if there are enough programs), from the L2 cache
@@ -15,7 +15,6 @@ Reference: gram_norm in ttt_fast/reference.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_fast.kernels.blocks import TRITON_DTYPES, pointer_to
+from ttt_fast.kernels.blocks import pointer_to
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.kernels.pointer_table import device_integers
 from ttt_fast.reference import compute_dtype
 
 # Smaller tiles read more but make more programs: a GPU has 100 to 150 multiprocessors to fill.
@@ -74,7 +72,7 @@ def _gram_tile(
 
 
 @triton.jit
-def _store_partial(
+def store_partial(
     x,
     dy,
     x_row_stride,
@@ -133,34 +131,9 @@ def gram_norm_kernel(
     x += delta * x_delta_stride
     dy += delta * dy_delta_stride
     x, dy = tl.multiple_of(x, 16), tl.multiple_of(dy, 16)
-    _store_partial(
+    store_partial(
         x, dy, x_row_stride, dy_row_stride, x_width, dy_width,
         partials + delta * tl.num_programs(0) + tile, tokens, tile, TILE, BLOCK, SINGLE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def gram_norms_kernel(
-    table,  # (P, 8) int64, a row for each pair: _table_row
-    partials,  # (P, B, tiles)
-    tokens,
-    DTYPE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SINGLE: tl.constexpr,
-):
-    """One tile of one delta of one pair."""
-    tile = tl.program_id(0)
-    delta = tl.program_id(1).to(tl.int64)
-    pair = tl.program_id(2).to(tl.int64)
-    row = table + pair * 8
-    x = tl.load(row).to(tl.pointer_type(DTYPE)) + delta * tl.load(row + 1)
-    dy = tl.load(row + 4).to(tl.pointer_type(DTYPE)) + delta * tl.load(row + 5)
-    x, dy = tl.multiple_of(x, 16), tl.multiple_of(dy, 16)
-    partial = partials + (pair * tl.num_programs(1) + delta) * tl.num_programs(0) + tile
-    _store_partial(
-        x, dy, tl.load(row + 2), tl.load(row + 6), tl.load(row + 3).to(tl.int32),
-        tl.load(row + 7).to(tl.int32), partial, tokens, tile, TILE, BLOCK, SINGLE,
     )  # fmt: skip
 
 
@@ -184,55 +157,23 @@ def gram_norm_finish_kernel(partials, norms, tiles, BLOCK: tl.constexpr):
 def gram_norm_launch(x: Tensor, dy: Tensor) -> Tensor:
     """See :func:`ttt_fast.ops.gram_norm`, which checks the arguments.
 
-    Odd widths, odd addresses and strided columns are copied first: see :func:`_aligned`.
+    Odd widths, odd addresses and strided columns are copied first: see :func:`aligned`.
     """
     batch, tokens, _ = x.shape
     if 0 in (*x.shape, dy.shape[2]):
         return x.new_zeros(batch, dtype=compute_dtype(x.dtype))
-    x, dy = _aligned(x), _aligned(dy)
-    options, tiles = _options(tokens, batch, x.dtype)
+    x, dy = aligned(x), aligned(dy)
+    options, tiles = options_for(tokens, batch, x.dtype)
     partials = x.new_empty(batch, tiles, dtype=compute_dtype(x.dtype))
     gram_norm_kernel[(tiles, batch)](
         x, dy, partials, x.stride(0), x.stride(1), x.shape[2], dy.stride(0), dy.stride(1),
         dy.shape[2], tokens, **options,
     )  # fmt: skip
-    return _finish(partials)
+    return finish(partials)
 
 
-def gram_norms_launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The norms of several pairs in one launch, such as all layers of a step.
-
-    Args:
-        pairs: P pairs of x (B, M, in) and dy (B, M, out) as :func:`ttt_fast.ops.gram_norm` takes
-            them; B, M, dtype and device are those of all, in and out of each pair.
-
-    Returns:
-        (P, B) float32, or float64 for float64; never negative.
-
-    Raises:
-        ValueError: no pairs, or they differ in B, M, dtype or device.
-    """
-    kinds = {(t.shape[:2], t.dtype, t.device) for pair in pairs for t in pair}
-    if len(kinds) != 1:
-        raise ValueError(
-            f"gram_norms_launch: {len(pairs)} pairs of {len(kinds)} kinds ({kinds}); they must"
-            " agree in deltas, tokens, dtype and device. Call once for each kind."
-        )
-    ((batch, tokens), dtype, device), wide = kinds.pop(), compute_dtype(pairs[0][0].dtype)
-    if batch == 0 or tokens == 0:
-        return torch.zeros(len(pairs), batch, dtype=wide, device=device)
-    pairs = [(_aligned(x), _aligned(dy)) for x, dy in pairs]
-    options, tiles = _options(tokens, batch * len(pairs), dtype)
-    partials = torch.empty(len(pairs), batch, tiles, dtype=wide, device=device)
-    table = device_integers([n for pair in pairs for n in _table_row(*pair)], device)
-    gram_norms_kernel[(tiles, batch, len(pairs))](
-        table, partials, tokens, DTYPE=TRITON_DTYPES[dtype], **options
-    )
-    return _finish(partials)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """``t`` if each of its rows may be read 16 bytes at a time, else a copy padded with zeros.
+def aligned(t: Tensor) -> Tensor:
+    """Return ``t`` if its rows may be read 16 bytes at a time, else a copy padded with zeros.
 
     Read two bytes at a time, as it would have to be, the kernel would not fit the registers.
     """
@@ -247,8 +188,8 @@ def _aligned(t: Tensor) -> Tensor:
     return padded
 
 
-def _options(tokens: int, deltas: int, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
-    """Compile-time arguments, and the number of tiles of a delta."""
+def options_for(tokens: int, deltas: int, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
+    """Compile-time arguments and launch options, and the number of tiles of a delta."""
 
     def tiles_of(tile: int) -> int:
         n = triton.cdiv(tokens, tile)
@@ -260,24 +201,22 @@ def _options(tokens: int, deltas: int, dtype: torch.dtype) -> tuple[dict[str, An
     fitting = [t for t in fitting if t * dtype.itemsize <= 256]
     tile = fitting[0] if fitting else SMALLEST_TILE
     tiles = tiles_of(tile)
-    constants = _constants(tile, dtype) | {"SINGLE": tiles == 1}
-    return constants | _launch_options(tile) | {"enable_fp_fusion": False}, tiles
+    compiled = constants(tile, dtype) | {"SINGLE": tiles == 1}
+    return compiled | launch_options(tile) | {"enable_fp_fusion": False}, tiles
 
 
-def _constants(tile: int, dtype: torch.dtype) -> dict[str, Any]:
+def constants(tile: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of a tile; a launch has SINGLE beside them."""
     return {"TILE": tile, "BLOCK": ROUND_BYTES // dtype.itemsize}
 
 
-def _launch_options(tile: int) -> dict[str, Any]:
+def launch_options(tile: int) -> dict[str, Any]:
+    """Warps and stages of a tile."""
     return {"num_warps": max(1, tile // 16), "num_stages": NUM_STAGES}
 
 
-def _table_row(x: Tensor, dy: Tensor) -> list[int]:
-    return [n for t in (x, dy) for n in (t.data_ptr(), t.stride(0), t.stride(1), t.shape[2])]
-
-
-def _finish(partials: Tensor) -> Tensor:
-    """Sums over the tiles, the last dimension."""
+def finish(partials: Tensor) -> Tensor:
+    """Add up the tiles, the last dimension."""
     tiles = partials.shape[-1]
     if tiles == 1:
         return partials.squeeze(-1)
@@ -305,7 +244,7 @@ def _case(dtype: torch.dtype, tile: int) -> Case:
     return Case(
         f"{str(dtype).removeprefix('torch.')}, tiles of {tile}", gram_norm_kernel,
         pointers | dict.fromkeys(ints, "i32"),
-        _constants(tile, dtype) | {"SINGLE": False}, **_launch_options(tile),
+        constants(tile, dtype) | {"SINGLE": False}, **launch_options(tile),
         divisible=tuple(pointers), dot=dtype != torch.float32,
     )  # fmt: skip
 
@@ -315,12 +254,6 @@ CASES = [
     *(_case(torch.float32, tile) for tile in (*TILES, SMALLEST_TILE)),
     _case(torch.float16, 64),
     _case(torch.float64, 32),
-    Case(
-        "bfloat16, tiles of 64", gram_norms_kernel,
-        {"table": "*i64", "partials": "*fp32", "tokens": "i32"},
-        _constants(64, torch.bfloat16) | {"DTYPE": tl.bfloat16, "SINGLE": False},
-        **_launch_options(64), divisible=("table", "partials"), dot=True,
-    ),
     Case(
         "float32", gram_norm_finish_kernel,
         {"partials": "*fp32", "norms": "*fp32", "tiles": "i32"}, {"BLOCK": FINISH_BLOCK},

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ttt_fast.demo import load_demo_model
-
 
 @pytest.fixture(scope="session")
 def demo_model():
     """The real model, float32; tests leave its weights as they were."""
+    # Not before it is used: transformers imports Triton, for which tests/interpreter has to decide
+    # first how it runs.
+    from ttt_fast.demo import load_demo_model
+
     return load_demo_model()
 
 

@@ -114,3 +114,32 @@ def test_the_number_of_threads_changes_no_bit(backend):
 def test_tensors_that_require_gradients_give_one_that_does_not(backend):
     x, dy = (t.requires_grad_() for t in factors(1, 5, 3, 4, torch.float32))
     assert not ops.gram_norm(x, dy, backend=backend).requires_grad
+
+
+# ---------------------------------------------------------------------------- many pairs
+
+
+def buffers_of_layers(dtype):
+    """X and dY of some layers, (3, 63, width) each, rows of three steps."""
+    pairs = [factors(3, 63, *w, dtype, seed=i) for i, w in enumerate([(24, 40), (11, 3), (8, 700)])]
+    return [list(tensors) for tensors in zip(*pairs, strict=True)]
+
+
+@backends
+@dtypes
+def test_many_pairs_are_as_many_calls_bit_for_bit(backend, dtype):
+    xs, dys = ([t[1:, 21:42] for t in each] for each in buffers_of_layers(dtype))
+    alone = [ops.gram_norm(x, dy, backend=backend) for x, dy in zip(xs, dys, strict=True)]
+    together = ops.gram_norms(xs, dys, backend=backend)
+    assert torch.equal(together, torch.stack(alone))
+    swapped = ops.gram_norms(xs[::-1], dys[::-1], backend=backend)
+    assert torch.equal(swapped.flip(0), together) and not torch.equal(swapped, together)
+    xs[0].requires_grad_()
+    assert not ops.gram_norms(xs, dys, backend=backend).requires_grad
+
+
+@backends
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_empty_pairs(backend, shape):
+    x, dy = factors(*shape, torch.float32)
+    assert torch.equal(ops.gram_norms([x], [dy], backend=backend), torch.zeros(1, shape[0]))

@@ -40,6 +40,9 @@ def arguments_of(name: str) -> tuple[tuple, dict]:
         return (case.params, undo.tensors, undo.offsets), {}
     if name == "gram_norm":
         return (torch.randn(2, 5, 3), torch.randn(2, 5, 4)), {}
+    if name == "gram_norms":
+        xs = [torch.randn(2, 5, 3), torch.randn(2, 5, 6)]
+        return (xs, [torch.randn(2, 5, 4), torch.randn(2, 5, 1)]), {}
     if name == "delta_linear":
         a, d = torch.randn(2, 9, 3)[:, :6], torch.randn(2, 9, 4)[:, :6]
         factors = (torch.randn(4, 3), a, d, torch.randn(2, 6), torch.ones(2))
@@ -121,7 +124,8 @@ def test_ops_on_factors_compile_without_a_graph_break():
         y = ops.delta_linear(x, weight, a, d, beta)
         losses = ops.nll_(logits, targets)
         ops.rank_update_(weight, a[0], d[0], beta[0], scale=0.5)
-        return ops.gram_norm(x, y), losses * 2, weight, logits
+        grams = ops.gram_norm(x, y), ops.gram_norms([x, x], [y, y])
+        return *grams, losses * 2, weight, logits
 
     shapes = [(2, 5, 3), (4, 3), (2, 6, 3), (2, 6, 4), (2, 6), (5, 7)]
     args = [torch.randn(shape) for shape in shapes] + [torch.tensor([0, 6, -100, 3, 3])]
@@ -181,6 +185,20 @@ REFUSALS = [
         "int32 are not supported",
     ),
     ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 2, 3, device="meta")), "dy is on meta"),
+    ("gram_norms", ([], []), "0 xs and 0 dys"),
+    ("gram_norms", ([torch.ones(1, 2, 3)], [torch.ones(1, 2, 3)] * 2), "1 xs and 2 dys"),
+    (
+        "gram_norms", ([torch.ones(1, 2, 3), torch.ones(1, 4, 3)],) * 2,
+        r"xs\[1\] has shape \(1, 4, 3\); it must be \(B, M, in\) with B = 1, M = 2",
+    ),
+    (
+        "gram_norms", ([torch.ones(1, 2, 3), torch.ones(1, 2, 3).double()],) * 2,
+        r"xs\[1\] is float64; it must be float32",
+    ),
+    (
+        "gram_norms", ([torch.ones(1, 2, 3)], [torch.ones(1, 2, 3, device="meta")]),
+        r"dys\[0\] is on meta",
+    ),
     ("nll_", (torch.ones(2, 3, 4), torch.ones(2).long()), r"it must be \(M, V\)"),
     ("nll_", (torch.ones(2, 3), torch.ones(3).long()), r"targets has shape \(3,\); .* with M = 2"),
     ("nll_", (torch.ones(2, 3), torch.ones(2)), "targets is float32; it must be int64"),
@@ -206,6 +224,10 @@ DIRECT_CALLS = [
     ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 3, 3)), r"x must be \(B, M, in\)"),
     ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 2, 3).double()), "of one dtype"),
     ("gram_norm", (torch.ones(1, 2, 3), torch.ones(1, 2, 3, device="meta")), "not on the CPU"),
+    ("gram_norms", ([], []), "as many of both"),
+    ("gram_norms", ([torch.ones(1, 2, 3)], []), "as many of both"),
+    ("gram_norms", ([torch.ones(1, 2, 3), torch.ones(2, 2, 3)],) * 2, r"x must be \(B, M, in\)"),
+    ("gram_norms", ([torch.ones(1, 2, 3), torch.ones(1, 2, 3).double()],) * 2, "of one dtype"),
     ("nll_", (torch.ones(2, 3, 4), torch.ones(2).long()), "logits must be a matrix"),
     ("nll_", (torch.ones(2, 3), torch.ones(3).long()), "targets must be an int64 tensor"),
     ("nll_", (torch.ones(2, 3), torch.ones(2)), "targets must be an int64 tensor"),

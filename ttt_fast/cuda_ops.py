@@ -22,7 +22,9 @@ from ttt_fast.kernels.pointer_table import (
 )
 from ttt_fast.reference import UNDO_CHUNK, compute_dtype
 
-OPS = ("sgd_", "adamw_", "grad_norm", "gram_norm", "copy_", "undo_restore_")
+OPS = (
+    "sgd_", "adamw_", "grad_norm", "gram_norm", "gram_norms", "copy_", "undo_restore_",
+)  # fmt: skip
 
 # Where csrc/ops_cuda.cpp registers; the tests put the namespace of the emulated kernels here.
 NAMESPACE = "ttt_fast_cuda"
@@ -173,6 +175,11 @@ def gram_norm(x: Tensor, dy: Tensor) -> Tensor:
     if batch:
         _kernels().gram_norm_(norms, partial, x, dy, stream=_stream(x.device))
     return norms
+
+
+def gram_norms(xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
+    """See :func:`ttt_fast.ops.gram_norms`; two launches a pair, all in one is Triton's."""
+    return torch.stack([gram_norm(x, dy) for x, dy in zip(xs, dys, strict=True)])
 
 
 def copy_(dsts: Sequence[Tensor], srcs: Sequence[Tensor]) -> None:

@@ -59,6 +59,7 @@ SCHEMAS: dict[str, OpSchema] = {
     ),
     "grad_norm": OpSchema("Tensor[] grads", "Tensor"),
     "gram_norm": OpSchema("Tensor x, Tensor dy", "Tensor"),
+    "gram_norms": OpSchema("Tensor[] xs, Tensor[] dys", "Tensor"),
     "delta_linear": OpSchema(
         "Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho, "
         "Tensor(a!)? append", "Tensor",
@@ -175,6 +176,11 @@ def _grad_norm_fake(grads: Sequence[Tensor], *, backend: str) -> Tensor:
 @torch.library.register_fake("ttt_fast::gram_norm", lib=_LIBRARY)
 def _gram_norm_fake(x: Tensor, dy: Tensor, *, backend: str) -> Tensor:
     return x.new_empty((x.shape[0],), dtype=compute_dtype(x.dtype))
+
+
+@torch.library.register_fake("ttt_fast::gram_norms", lib=_LIBRARY)
+def _gram_norms_fake(xs: Sequence[Tensor], dys: Sequence[Tensor], *, backend: str) -> Tensor:
+    return xs[0].new_empty((len(xs), xs[0].shape[0]), dtype=compute_dtype(xs[0].dtype))
 
 
 @torch.library.register_fake("ttt_fast::delta_linear", lib=_LIBRARY)

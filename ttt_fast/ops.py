@@ -27,8 +27,8 @@ from ttt_fast.undo import UndoLog
 
 __all__ = [
     "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
-    "glu", "glu_backward", "grad_norm", "gram_norm", "implementation", "nll_", "rank_update_",
-    "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
+    "glu", "glu_backward", "grad_norm", "gram_norm", "gram_norms", "implementation", "nll_",
+    "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 
@@ -241,17 +241,46 @@ def gram_norm(x: Tensor, dy: Tensor, *, backend: str = "auto") -> Tensor:
     if torch.is_grad_enabled():
         with torch.no_grad():
             return gram_norm(x, dy, backend=backend)
-    # Runs for every layer in every step: in full only to say what is wrong.
-    if not (
-        x.dim() == dy.dim() == 3
-        and x.shape[:2] == dy.shape[:2]
-        and x.dtype == dy.dtype
-        and x.dtype in DTYPES
-        and x.device == dy.device
-    ):
-        tensors = [("x", x, ("B", "M", "in"), ()), ("dy", dy, ("B", "M", "out"), ())]
-        check_factors("gram_norm", x, tensors, {})
+    tensors = [("x", x, ("B", "M", "in"), ()), ("dy", dy, ("B", "M", "out"), ())]
+    check_factors("gram_norm", x, tensors, {})
     return torch.ops.ttt_fast.gram_norm(x, dy, backend=choose("gram_norm", x.device.type, backend))
+
+
+def gram_norms(xs: Sequence[Tensor], dys: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """:func:`gram_norm` of several pairs, such as all layers of a step, together.
+
+    On a CUDA device one launch for all, or two where a pair has many tokens.
+
+    Args:
+        xs: P ≥ 1 layer inputs, (B, M, in); B, M, dtype and device are those of all.
+        dys: P gradients at the layers' outputs, (B, M, out), likewise.
+        backend: "auto", "torch", "cpp", "triton" or "cuda".
+
+    Returns:
+        (P, B) float32, or float64 for float64; never negative.
+
+    Raises:
+        ValueError: no pairs, lists that do not pair up, or shapes, dtypes or devices do not agree.
+    """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return gram_norms(xs, dys, backend=backend)
+    if len(xs) != len(dys) or len(xs) == 0:
+        raise ValueError(
+            f"gram_norms: got {len(xs)} xs and {len(dys)} dys; give one or more pairs of them."
+        )
+    # Runs for all layers in every step: in full only to say what is wrong.
+    lead, sizes = xs[0], {}
+    kind = lead.shape[:2], lead.dtype, lead.device
+    alike = lead.dtype in DTYPES and all(
+        t.dim() == 3 and (t.shape[:2], t.dtype, t.device) == kind for t in (*xs, *dys)
+    )
+    for i, (x, dy) in enumerate(zip(xs, dys, strict=True)) if not alike else ():
+        pair = [(f"xs[{i}]", x, ("B", "M", "in"), ()), (f"dys[{i}]", dy, ("B", "M", "out"), ())]
+        check_factors("gram_norms", lead, pair, sizes)
+        sizes = {axis: sizes[axis] for axis in ("B", "M")}
+    chosen = choose("gram_norms", lead.device.type, backend)
+    return torch.ops.ttt_fast.gram_norms(list(xs), list(dys), backend=chosen)
 
 
 def delta_linear(

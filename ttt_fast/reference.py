@@ -386,6 +386,11 @@ def gram_norm(x: Tensor, dy: Tensor) -> Tensor:
     return squared.clamp_(min=0.0)
 
 
+def gram_norms(xs: Sequence[Tensor], dys: Sequence[Tensor]) -> Tensor:
+    """See :func:`ttt_fast.ops.gram_norms`."""
+    return torch.stack([gram_norm(x, dy) for x, dy in zip(xs, dys, strict=True)])
+
+
 def delta_linear(
     x: Tensor,
     weight: Tensor | None,

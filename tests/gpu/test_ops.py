@@ -40,8 +40,9 @@ from ttt_fast.undo import UndoLog
 pytestmark = pytest.mark.gpu
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TESTED = {
-    "sgd_", "adamw_", "grad_norm", "gram_norm", "delta_linear", "rank_update_", "nll_", "copy_",
-    "undo_restore_", "checksum", "rms_norm", "rms_norm_backward", "glu", "glu_backward", "rotary",
+    "sgd_", "adamw_", "grad_norm", "gram_norm", "gram_norms", "delta_linear", "rank_update_",
+    "nll_", "copy_", "undo_restore_", "checksum", "rms_norm", "rms_norm_backward", "glu",
+    "glu_backward", "rotary",
 }  # fmt: skip
 
 
@@ -192,6 +193,20 @@ def test_gram(device, backend, dtype, shape):
     actual = ops.gram_norm(x.to(device), dy.to(device), backend=backend).cpu()
     oracle = test_gram_norm.squared_norms(x, dy, torch.float64)
     assert_no_worse(actual, test_gram_norm.torch_grams(x, dy), oracle)
+
+
+@backends("gram_norms")
+@dtypes
+def test_grams_of_the_steps_of_a_session(device, backend, dtype):
+    buffers = test_gram_norm.buffers_of_layers(dtype)
+    on_device = [[t.to(device) for t in each] for each in buffers]
+    for start in (0, 21, 42):
+        xs, dys = ([t[1:3, start : start + 21] for t in each] for each in buffers)
+        rows = [[t[1:3, start : start + 21] for t in each] for each in on_device]
+        actual = ops.gram_norms(*rows, backend=backend).cpu()
+        for norms, x, dy in zip(actual, xs, dys, strict=True):
+            oracle = test_gram_norm.squared_norms(x, dy, torch.float64)
+            assert_no_worse(norms, test_gram_norm.torch_grams(x, dy), oracle)
 
 
 # The C++ of a rehearsal has no float16.

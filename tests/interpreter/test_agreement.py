@@ -232,6 +232,8 @@ def test_gram_norm(side):
         # Terms of both signs: the bound is in the magnitudes of the products.
         size = reference.gram_norm(x.abs(), dy.abs())
         near(side("gram_norm")(x, dy), reference.gram_norm(x, dy), size)
+        together = side("gram_norms")([x, dy], [dy, x])
+        near(together, reference.gram_norms([x, dy], [dy, x]), size.expand(2, -1))
 
     check()
 

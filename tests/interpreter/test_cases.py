@@ -15,6 +15,7 @@ from ttt_fast.kernels import (
     copy,
     grad_norm,
     gram_norm,
+    gram_norms,
     machine_code,
     nll,
     sgd,
@@ -67,7 +68,7 @@ def launch_gram_norm():
         for deltas in (1, 40, 200):
             x = torch.ones(deltas, 80, 8, dtype=dtype)
             ops.gram_norm(x, x, backend="triton")
-            gram_norm.gram_norms_launch([(x, x)])
+            ops.gram_norms([x], [x], backend="triton")
 
 
 def launch_nll():
@@ -100,7 +101,8 @@ def launch_undo_restore():
     ("module", "launch"),
     [
         (sgd, launch_sgd), (adamw, launch_adamw), (update, launch_sgd),
-        (grad_norm, launch_grad_norm), (gram_norm, launch_gram_norm), (nll, launch_nll),
+        (grad_norm, launch_grad_norm), (gram_norm, launch_gram_norm),
+        (gram_norms, launch_gram_norm), (nll, launch_nll),
         (copy, launch_copy), (checksum, launch_checksum), (undo_restore, launch_undo_restore),
     ],
     ids=lambda value: getattr(value, "__name__", "").rpartition(".")[2],

@@ -1,12 +1,16 @@
 import pytest
 import torch
+import triton.language as tl
 
+from tests.families import tiny_model
+from tests.loops import prompt_ids
 from tests.test_gram_norm import factors, squared_norms, torch_grams
 from tests.tolerances import assert_no_worse
 from tests.update_cases import DTYPES
-from ttt_fast import ops
-from ttt_fast.kernels import gram_norm
-from ttt_fast.kernels.gram_norm import gram_norm_launch, gram_norms_launch
+from ttt_fast import TTTConfig, TTTTrainer, ops
+from ttt_fast.kernels import gram_norm, gram_norms, pointer_table
+from ttt_fast.kernels.gram_norm import gram_norm_launch
+from ttt_fast.kernels.gram_norms import gram_norms_launch
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Batch, tokens, in, out. Tiles have 16 tokens where programs are few; rounds are 128 bytes wide.
@@ -39,9 +43,9 @@ def test_large_tiles(large_tiles, dtype, tokens):
 
 def test_a_tile_that_nobody_computes_is_noticed(monkeypatch):
     x, dy = factors(2, 40, 24, 16, torch.float32)
-    options, tiles = gram_norm._options(40, 2, torch.float32)
+    options, tiles = gram_norm.options_for(40, 2, torch.float32)
     assert tiles == 6
-    monkeypatch.setattr(gram_norm, "_options", lambda *_: (options, tiles - 1))
+    monkeypatch.setattr(gram_norm, "options_for", lambda *_: (options, tiles - 1))
     with pytest.raises(AssertionError, match="the oracle"):
         assert_right(gram_norm_launch(x, dy), x, dy)
 
@@ -60,7 +64,7 @@ def test_a_tile_that_nobody_computes_is_noticed(monkeypatch):
     ],
 )
 def test_tiles_are_as_large_as_leaves_enough_programs(tokens, deltas, dtype, tile):
-    assert gram_norm._options(tokens, deltas, dtype)[0]["TILE"] == tile
+    assert gram_norm.options_for(tokens, deltas, dtype)[0]["TILE"] == tile
 
 
 @dtypes
@@ -80,9 +84,9 @@ def test_views(dtype):
 def test_only_odd_rows_are_copied():
     x, _ = factors(2, 5, 48, 1, torch.bfloat16)
     for view in (x, x[:, 1:3, 8:32], x[:1], x[:, :1, 16:]):
-        assert gram_norm._aligned(view) is view
+        assert gram_norm.aligned(view) is view
     for view in (x[:, :, 1:33], x[:, :, :47], x[:, :, ::2]):
-        copy = gram_norm._aligned(view)
+        copy = gram_norm.aligned(view)
         assert copy.shape[2] % 8 == 0
         assert torch.equal(copy[:, :, : view.shape[2]], view)
         assert not copy[:, :, view.shape[2] :].any()
@@ -129,23 +133,104 @@ def test_what_is_not_finite_shows_in_its_delta_alone(tokens):
 def test_empty(shape):
     x, dy = factors(*shape, torch.bfloat16)
     assert torch.equal(gram_norm_launch(x, dy), torch.zeros(shape[0]))
-    if shape[0] == 2:
-        whole = factors(*(n or 1 for n in shape[:2]), 8, 8, torch.bfloat16)
-        pairs = [(x, dy)] if shape[1] == 0 else [(x, dy), whole]
-        assert torch.equal(gram_norms_launch(pairs)[0], torch.zeros(2))
+    whole = factors(*shape[:2], 8, 8, torch.bfloat16)
+    together = gram_norms_launch(*zip((x, dy), whole, strict=True))
+    assert together.shape == (2, shape[0]) and not together[0].any()
+
+
+# ---------------------------------------------------------------------------- many pairs
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The tables that are uploaded from now on."""
+    uploads = []
+    real = pointer_table._pinned
+    monkeypatch.setattr(pointer_table, "_pinned", lambda *args: uploads.append(args) or real(*args))
+    return uploads
+
+
+def lists(pairs):
+    return [list(tensors) for tensors in zip(*pairs, strict=True)]
 
 
 @dtypes
-def test_many_pairs_in_one_launch(dtype):
-    pairs = [factors(2, 20, *w, dtype, seed=i) for i, w in enumerate([(24, 40), (11, 3)])]
+def test_many_pairs_in_one_launch(dtype, fenced):
+    pairs = [factors(2, 20, *w, dtype, seed=i) for i, w in enumerate([(24, 40), (11, 3), (8, 8)])]
     alone = torch.stack([gram_norm_launch(*pair) for pair in pairs])
     for _ in range(2):  # the second time with a table that is there
-        assert torch.equal(gram_norms_launch(pairs), alone)
+        assert torch.equal(ops.gram_norms(*lists(pairs), backend="triton"), alone)
+    pairs = [(fenced(x), fenced(dy)) for x, dy in pairs]
+    assert torch.equal(gram_norms_launch(*lists(pairs)), alone)
 
 
-def test_pairs_that_differ_are_refused():
-    pairs = [factors(2, tokens, 8, 8, torch.float32) for tokens in (3, 4)]
-    with pytest.raises(ValueError, match="2 pairs of 2 kinds"):
-        gram_norms_launch(pairs)
-    with pytest.raises(ValueError, match="0 pairs of 0 kinds"):
-        gram_norms_launch([])
+def test_a_pair_in_place_of_another_is_noticed(monkeypatch):
+    pairs = [factors(2, 20, 24, 40, torch.float32, seed=i) for i in range(2)]
+    alone = torch.stack([gram_norm_launch(*pair) for pair in pairs])
+    monkeypatch.setattr(gram_norms, "NUMBERS", tl.constexpr(0))
+    assert not torch.equal(gram_norms_launch(*lists(pairs)), alone)
+
+
+def rows_of_a_step(buffers, deltas, start, count):
+    return [buffer[deltas, start : start + count] for buffer in buffers]
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["in buffers", "some are copied"])
+def test_the_rows_of_every_step_have_one_table(tables, odd):
+    """They begin at the same row of all buffers, whatever the step."""
+    xs = [torch.randn(3, 40, w, dtype=torch.bfloat16) for w in (16, 24)]
+    dys = [torch.randn(3, 40, w, dtype=torch.bfloat16) for w in (8, 24 - odd)]
+    for start in range(0, 40, 8):
+        x, dy = (rows_of_a_step(each, slice(1, 3), start, 8) for each in (xs, dys))
+        expected = torch.stack([gram_norm_launch(*pair) for pair in zip(x, dy, strict=True)])
+        assert torch.equal(gram_norms_launch(x, dy), expected)
+    # Copies lie where the allocator puts them.
+    assert odd or len(tables) == 1
+
+
+def test_buffers_that_moved_have_another_table(tables):
+    pair = factors(1, 5, 8, 8, torch.float32)
+    for _ in range(2):
+        gram_norms_launch(*lists([pair]))
+    assert len(tables) == 1
+    moved = [t.clone() for t in pair]
+    assert torch.equal(gram_norms_launch(*lists([moved])), gram_norms_launch(*lists([pair])))
+    assert len(tables) == 2
+
+
+def test_deltas_with_other_numbers_of_rows_have_one_table_too(tables):
+    """As where some sat a step out: then each is a pair of its own."""
+    x, dy = (torch.randn(2, 40, w) for w in (16, 8))
+    for step in range(4):
+        starts = [(0, 8 * step), (1, 8 * step + 5)]
+        rows = [[each[d : d + 1, s : s + 8] for d, s in starts] for each in (x, dy)]
+        expected = torch.stack([gram_norm_launch(*pair) for pair in zip(*rows, strict=True)])
+        assert torch.equal(gram_norms_launch(*rows), expected)
+    assert len(tables) == 1
+
+
+@pytest.mark.parametrize("engine", ["factored", "dense"])
+def test_norms_of_the_steps_of_a_session(monkeypatch, tables, engine):
+    """With both engines what the C++ gives; factors lie in buffers, whose table is made once."""
+    config = TTTConfig(steps=3, lr=1e-2, max_grad_norm=1.0, engine=engine)
+    # An odd vocabulary would be copied at every step.
+    trainer = TTTTrainer(tiny_model("llama_tied", vocab_size=104), config)
+    with trainer.adapt(prompt_ids(9)) as adapted:
+        expected = adapted.grad_norms
+    real, calls = ops.gram_norms, []
+
+    @torch.no_grad()
+    def in_triton(xs, dys, backend):
+        before = len(tables)
+        norms = real(xs, dys, backend="triton")
+        calls.append((len(xs), len(tables) - before))
+        return norms
+
+    monkeypatch.setattr(ops, "gram_norms", in_triton)
+    for _ in range(2):
+        with trainer.adapt(prompt_ids(9)) as adapted:
+            torch.testing.assert_close(adapted.grad_norms, expected, rtol=1e-5, atol=0)
+    n_matrices = 7 * trainer.model.config.num_hidden_layers + 1
+    assert [n for n, _ in calls] == [n_matrices] * 6
+    if engine == "factored":
+        assert [uploads for _, uploads in calls] == [1, 0, 0, 0, 0, 0]

@@ -30,6 +30,7 @@ from ttt_fast.engines.factors import (
     Rows,
     Track,
     VectorFactors,
+    squared_norm,
 )
 from ttt_fast.engines.groups import group_config, group_of_each, numbers
 from ttt_fast.engines.head import OutputHead, output_head
@@ -316,13 +317,12 @@ class FactoredEngine:
                     " so a part of its gradient would be missing. Use engine='dense'."
                 )
         span = slice(deltas[0], deltas[-1] + 1)
-        squared = torch.zeros(len(deltas), dtype=torch.float64, device=self.device)
         with profiling.annotate("norm", self.device):
-            for factors in self.factors:
-                if factors.close_forward(span):
-                    squared += factors.squared_norm(span).to(squared.device)
-                    self._reached.setdefault(id(factors), set()).update(deltas)
-        norms = squared.sqrt().to(self.dtype)
+            reached = [factors for factors in self.factors if factors.close_forward(span)]
+            norms = squared_norm(reached, span, self.device, self.config.backend)
+        norms = norms.sqrt().to(self.dtype)
+        for factors in reached:
+            self._reached.setdefault(id(factors), set()).update(deltas)
         broken = ~torch.isfinite(norms) | (found_inf[span] != 0)
         if placement.look_waits(broken.device) or bool(broken.any()):
             # Its coefficients will be 0, and 0 times NaN is not 0.
@@ -563,7 +563,6 @@ def take_over(
                 selection,
                 transposed=any(isinstance(m, Conv1D) for m in owners[param]),
                 embeds=any(_is_embedding(m) for m in owners[param]),
-                backend=backend,
             )
     sites: list[Site] = []
     for name, module, own in owning_modules(model, by_param):

@@ -10,13 +10,14 @@ rows.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ttt_fast import ops, placement
-from ttt_fast.engines.products import ghost_norm
+from ttt_fast.engines.products import Uses, ghost_norms
 from ttt_fast.reference import compute_dtype
 from ttt_fast.scope import RowSlice, Selection
 from ttt_fast.sgd import Coefficients
@@ -132,10 +133,15 @@ class RowBuffer:
 
         A view to write to where all start at the same row, otherwise a copy.
         """
+        views = self.views(deltas, start, count)
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    def views(self, deltas: slice, start: Start, count: int) -> list[Tensor]:
+        """The rows of :meth:`at` where they lie: all deltas in one view, or one view each."""
         if isinstance(start, int):
-            return self._data[deltas, start : start + count]
+            return [self._data[deltas, start : start + count]]
         pieces = zip(range(deltas.start, deltas.stop), start, strict=True)
-        return torch.stack([self._data[d, s : s + count] for d, s in pieces])
+        return [self._data[d : d + 1, s : s + count] for d, s in pieces]
 
     def room(self, deltas: slice, start: Start, count: int) -> Tensor | None:
         """Make room for rows; return their place, (n, count, width), where that is one view."""
@@ -327,16 +333,12 @@ class MatrixFactors:
         track: the coefficients.
     """
 
-    def __init__(
-        self, selection: Selection, transposed: bool, embeds: bool, backend: str = "auto"
-    ) -> None:
+    def __init__(self, selection: Selection, transposed: bool, embeds: bool) -> None:
         self.selection = selection
         self._transposed = transposed
         stored, rows = selection.param.detach(), selection.rows
         self.weight = stored.t() if transposed else stored
         self.weight_t = self.weight.t()
-        # Without the checks of the public op: it runs for every weight of every step.
-        self._gram_norm = ops.implementation("gram_norm", stored.device.type, backend)
         n_out, n_in = self.weight.shape
         if rows is not None:
             n_out = n_out // rows.period * rows.length
@@ -411,17 +413,18 @@ class MatrixFactors:
             lookups.dy.zero(deltas, start, count)
         return bool(self._arrived) or (lookups is not None and lookups.arrived)
 
-    def squared_norm(self, deltas: slice) -> Tensor:
-        """‖G‖² of each delta for the step in progress, (n,) float64."""
-        pair = lookup = None
+    def uses(self, deltas: slice) -> Uses:
+        """What the gradients of some deltas are made of in the step in progress."""
+        pairs, lookup = [], None
         if self.inputs is not None and self.inputs.calls:
             start, count = _new_rows(self.inputs.rows, self.inputs.pending, deltas)
-            pair = self.inputs.buffer.at(deltas, start, count), self.dy.at(deltas, start, count)
+            xs, dys = (each.views(deltas, start, count) for each in (self.inputs.buffer, self.dy))
+            pairs = list(zip(xs, dys, strict=True))
         if self.lookups is not None:
             start, count = _new_rows(self.lookups.rows, self.lookups.pending, deltas)
             ids = self.lookups.ids.at(deltas, start, count)[:, :, 0]
             lookup = ids, self.lookups.dy.at(deltas, start, count)
-        return ghost_norm(pair, lookup, self._gram_norm)
+        return Uses(pairs, lookup)
 
     def blank(self, deltas: slice, where: Tensor) -> None:
         """Make the step's gradient 0 for the deltas of a slice for which ``where`` (n,) is true."""
@@ -539,6 +542,34 @@ class Track:
     coefficients: Coefficients
     decays: bool
     members: list[MatrixFactors | VectorFactors] = field(default_factory=list)
+
+
+def squared_norm(
+    factors: Sequence[MatrixFactors | VectorFactors],
+    deltas: slice,
+    device: torch.device,
+    backend: str = "auto",
+) -> Tensor:
+    """Σ ‖G‖² of each delta over parameters that the step in progress reached, (n,) float64.
+
+    Args:
+        factors: of the parameters.
+        deltas: which ones.
+        device: of the result.
+        backend: a setting for all ops of a run.
+    """
+    matrices = [each for each in factors if isinstance(each, MatrixFactors)]
+    places = {each.weight.device.type for each in matrices}
+    of_op = ops.backend_for("gram_norms", backend, *places)
+    of_matrices = iter(ghost_norms([each.uses(deltas) for each in matrices], of_op))
+    squares = [
+        next(of_matrices) if isinstance(each, MatrixFactors) else each.squared_norm(deltas)
+        for each in factors
+    ]
+    if not squares:
+        return torch.zeros(deltas.stop - deltas.start, dtype=torch.float64, device=device)
+    # One after the other: sum(0) would take an order that depends on the number of deltas.
+    return torch.stack([square.to(device) for square in squares]).cumsum(0)[-1]
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:

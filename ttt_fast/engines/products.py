@@ -1,16 +1,16 @@
 """Weight gradients that are never whole in memory.
 
 A linear layer's gradient is aᵀ b, and on a short prompt the two factors are far smaller than it.
-Kept as factors it costs no buffer; its norm comes from Gram matrices (:func:`ops.gram_norm`), and
+Kept as factors it costs no buffer; its norm comes from Gram matrices (:func:`ops.gram_norms`), and
 the update forms it a block of rows at a time, in the cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,17 +78,16 @@ class Products:
         flops = 2 * (used * used * (self.n + self.m) + found * (found + used) * self.m)
         return flops <= FLOPS_PER_BYTE * SAVED_BYTES * self.n * self.m
 
-    def squared_norm(self, backend: str = "auto") -> Tensor:
-        """‖G‖² without G, 0-dim float64. Several uses count as more tokens."""
-        gram_norm = partial(ops.gram_norm, backend=ops.backend_for("gram_norm", backend))
-        pair = lookup = None
+    def uses(self) -> Uses:
+        """What :func:`ghost_norms` takes, of one delta. Several uses count as more tokens."""
+        pairs, lookup = [], None
         if self._pairs:
             a, b = _concatenated(self._pairs)
-            pair = b[None], a[None]
+            pairs = [(b[None], a[None])]
         if self._lookups:
             ids, rows = _concatenated(self._lookups)
             lookup = ids[None], rows[None]
-        return ghost_norm(pair, lookup, gram_norm)[0]
+        return Uses(pairs, lookup)
 
     def write_rows(self, start: int, out: Tensor) -> Tensor:
         """Write rows ``start`` and the following of G into out (rows, m), in its dtype."""
@@ -112,40 +111,70 @@ class Products:
 Gradient = Tensor | Products
 
 
-def ghost_norm(
-    pair: tuple[Tensor, Tensor] | None,
-    lookup: tuple[Tensor, Tensor] | None,
-    gram_norm: Callable[[Tensor, Tensor], Tensor] = ops.gram_norm,
-) -> Tensor:
-    """‖dYᵀ X + (rows dE, added at their ids)‖² for each of a batch, without forming the gradient.
+class Uses(NamedTuple):
+    """What the gradients of one weight for n deltas are made of.
+
+    Attributes:
+        pairs: X (b, M, in) and dY (b, M, out) of the linear use: one pair for all deltas, or alike
+            ones for some each, in order; none if there is none.
+        lookup: ids (n, L) and dE (n, L, in) of the use as an embedding; None if there is none.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]]
+    lookup: tuple[Tensor, Tensor] | None = None
+
+
+def ghost_norms(uses: Sequence[Uses], backend: str = "auto") -> list[Tensor]:
+    """‖dYᵀ X + (rows dE, added at their ids)‖² of each weight, without forming the gradients.
 
         Σ (dY dYᵀ)∘(X Xᵀ) + Σ (dE dEᵀ)∘[i_s = i_t] + 2 Σ_{s,t} dY[s, i_t]·⟨X_s, dE_t⟩
 
-    The last where a weight is used both ways (a tied embedding and head).
+    The last where a weight is used both ways (a tied embedding and head). Of all weights together,
+    so that their Grams are one launch for each number of tokens that there is.
 
     Args:
-        pair: X (B, M, in) and dY (B, M, out) of the linear use; None if there is none.
-        lookup: ids (B, L) and dE (B, L, in) of the use as an embedding, likewise.
-        gram_norm: the op.
+        uses: of each weight.
+        backend: of :func:`ops.gram_norms`.
 
     Returns:
-        (B,) float64, never negative; NaN stays NaN.
+        For each weight (n,) float64, never negative; NaN stays NaN.
     """
-    total = 0.0
-    if pair is not None:
-        x, dy = pair
-        total = gram_norm(x, dy).double()
-    if lookup is not None:
-        ids, e = lookup
-        e = e.to(compute_dtype(e.dtype))
-        same = ids[:, :, None] == ids[:, None, :]
-        total = total + (torch.bmm(e, e.mT) * same).sum((1, 2), dtype=torch.float64)
-        if pair is not None:
-            at_ids = dy.gather(2, ids[:, None, :].expand(-1, dy.shape[1], -1))
-            cross = torch.bmm(x.to(e.dtype), e.mT) * at_ids
-            total = total + 2 * cross.sum((1, 2), dtype=torch.float64)
+    alike: dict[Hashable, list[tuple[int, Tensor, Tensor]]] = {}
+    for i, use in enumerate(uses):
+        for x, dy in use.pairs:
+            alike.setdefault((x.shape[:2], x.dtype, x.device), []).append((i, x, dy))
+    parts: list[list[Tensor]] = [[] for _ in uses]
+    for members in alike.values():
+        weights, xs, dys = zip(*members, strict=True)
+        norms = ops.gram_norms(xs, dys, backend=backend).double()
+        for i, norm in zip(weights, norms, strict=True):
+            parts[i].append(norm)
+    totals = [_joined(part) if part else None for part in parts]
+    return [
+        total if use.lookup is None else _with_lookup(total, use)
+        for total, use in zip(totals, uses, strict=True)
+    ]
+
+
+def _with_lookup(total: Tensor | None, use: Uses) -> Tensor:
+    """Add the terms of the use as an embedding to those of the linear one."""
+    ids, e = use.lookup
+    e = e.to(compute_dtype(e.dtype))
+    same = ids[:, :, None] == ids[:, None, :]
+    squares = (torch.bmm(e, e.mT) * same).sum((1, 2), dtype=torch.float64)
+    if total is None:
+        total = squares
+    else:
+        x, dy = (_joined(each) for each in zip(*use.pairs, strict=True))
+        at_ids = dy.gather(2, ids[:, None, :].expand(-1, dy.shape[1], -1))
+        cross = torch.bmm(x.to(e.dtype), e.mT) * at_ids
+        total = total + squares + 2 * cross.sum((1, 2), dtype=torch.float64)
     # Rounding may leave nothing of a sum that cancels.
     return total.clamp_min(0)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _concatenated(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -162,7 +191,8 @@ def global_norm(gradients: Iterable[Gradient], backend: str = "auto") -> Tensor:
     norm = ops.grad_norm([g for g in gradients if isinstance(g, Tensor)], backend=backend)
     if not products:
         return norm
-    squares = [product.squared_norm(backend) for product in products]
+    uses = [product.uses() for product in products]
+    squares = [s[0] for s in ghost_norms(uses, ops.backend_for("gram_norms", backend))]
     device = squares[0].device
     total = torch.stack([s.to(device) for s in (norm.double().square(), *squares)]).sum().sqrt()
     double = norm.dtype == torch.float64 or any(p.dtype == torch.float64 for p in products)
