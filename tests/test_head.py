@@ -149,12 +149,14 @@ def test_a_head_with_a_bias(engine, trained):
 
 
 @ENGINES
+@pytest.mark.parametrize("scope", ["all", "ffn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_twenty_steps_in_narrower_types(engine, dtype):
+def test_twenty_steps_in_narrower_types(engine, dtype, scope):
     model, ids = tiny_model("llama_tied", dtype, attn_implementation="sdpa"), prompt_ids(T)
-    options = dict(engine=engine, steps=20, scope="all", lr=5e-3)
+    options = dict(engine=engine, steps=20, scope=scope, lr=5e-3)
     with trainer_of(model, **options).adapt(ids) as adapted:
         ours = adapted.losses[0]
+        assert adapted._engine.head.plain
     with trainer_of(model, with_logits(), **options).adapt(ids) as adapted:
         theirs = adapted.losses[0]
     assert theirs[-1] < 0.9 * theirs[0]

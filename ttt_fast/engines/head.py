@@ -31,6 +31,7 @@ from torch.nn.modules import module as torch_module
 from ttt_fast import placement
 from ttt_fast.batch import IGNORE_INDEX, Batch
 from ttt_fast.engines.head_kinds import Asked, FrozenHead
+from ttt_fast.engines.pieces import LinearPiece
 from ttt_fast.objective import next_tokens, reduce_rows, row_losses, token_scale
 from ttt_fast.op_checks import DTYPES
 from ttt_fast.reference import compute_dtype
@@ -71,7 +72,7 @@ class _Call:
     """
 
     def __init__(self, head: FrozenHead, rows: Batch, n_deltas: int, reduction: str) -> None:
-        self.head = head
+        self.head, self._own = head, head.module.forward
         self._rows, self._n_deltas, self._reduction = rows, n_deltas, reduction
         self._targets = next_tokens(rows.labels)
         self.losses: Tensor | None = None
@@ -85,8 +86,7 @@ class _Call:
         fits = x.dim() == 3 and x.shape[:2] == self._targets.shape
         fits = fits and (x.dtype, x.device) == (weight.dtype, weight.device)
         if not (self.open and self.count == 1 and fits):
-            own = self.head.stand_in(torch.is_grad_enabled())
-            return nn.Linear.forward(self.head.module, x) if own is None else own(x)
+            return self._own(x)
         dtype = compute_dtype(x.dtype)
         scale = token_scale(self._targets, self._rows, self._reduction, self._n_deltas, dtype)
         self.asked = Asked(self._targets, scale, self.head.groups())
@@ -225,8 +225,10 @@ class OutputHead:
         if recording and not self._head.trains:
             if any(param.requires_grad for param in module.parameters()):
                 return False
-        found = vars(module).get("forward")
-        return found == self._head.stand_in(recording) and not (
+        found, own = vars(module).get("forward"), self._head.stand_in(recording)
+        if own is None and isinstance(getattr(found, "__self__", None), LinearPiece):
+            own = found  # it computes what the head does
+        return found == own and not (
             module._forward_pre_hooks
             or _is_watched(module)
             or any("forward" in vars(each) or _is_watched(each) for each in self._around)
