@@ -230,7 +230,8 @@ def test_norms_of_the_steps_of_a_session(monkeypatch, tables, engine):
     for _ in range(2):
         with trainer.adapt(prompt_ids(9)) as adapted:
             torch.testing.assert_close(adapted.grad_norms, expected, rtol=1e-5, atol=0)
-    n_matrices = 7 * trainer.model.config.num_hidden_layers + 1
-    assert [n for n, _ in calls] == [n_matrices] * 6
+    # On a CPU the head has tokens with a label alone; it is tied, so it comes first.
+    others = 7 * trainer.model.config.num_hidden_layers
+    assert [n for n, _ in calls] == [1, others] * 6
     if engine == "factored":
-        assert [uploads for _, uploads in calls] == [1, 0, 0, 0, 0, 0]
+        assert [uploads for _, uploads in calls] == [1, 1] + [0] * 10
