@@ -12,7 +12,7 @@ from tests.families import tiny_model
 from tests.loops import prompt_ids, twin
 from tests.untouched import IDS, STEPS, Boom, lived_in, look, unchanged
 from ttt_fast import Batch, DivergedError, negative_log_likelihood, ops
-from ttt_fast.engines.pieces import GluPiece, NormPiece
+from ttt_fast.engines.pieces import GluPiece, LinearPiece, NormPiece
 
 PROMPTS = [prompt_ids(n, seed=n)[0] for n in (6, 3, 8)]
 
@@ -93,10 +93,10 @@ def test_modules_outside_the_scope_are_left_alone():
             for name, module in model.named_modules()
             if "forward" in vars(module)
         }
-    # What computes a norm, a gated unit or positions as one op records nothing. The forward of an
-    # attention is its own code, bound to it.
-    attention = type(model.model.layers[0].self_attn)
-    recording = {n for n, kind in taken.items() if kind not in (NormPiece, GluPiece, attention)}
+    # What computes a norm, a gated unit, positions or a frozen product as one op records nothing.
+    # The forward of an attention is its own code, bound to it.
+    pieces = NormPiece, GluPiece, LinearPiece, type(model.model.layers[0].self_attn)
+    recording = {name for name, kind in taken.items() if kind not in pieces}
     assert recording == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
 
 
