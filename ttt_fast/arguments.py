@@ -202,7 +202,7 @@ def _add_settings(
     for option in fields(TTTConfig):
         if option.name in (*_NOT_OPTIONS, *without) or option.default is MISSING:
             continue
-        text = re.sub(r":\w+:|`", "", words.get(option.name, "")).rstrip(".")
+        text = re.sub(r":\w+:|`", "", words.get(option.name, "")).rstrip(".;")
         default = defaults.get(option.name, option.default)
         text = f"{text} (default {default})".replace("%", "%%")
         group.add_argument(
@@ -217,7 +217,7 @@ def _add_settings(
 def _argument_type(option: Field[Any]) -> dict[str, Any]:
     """How argparse reads an option, from its default value and its annotation."""
     default = option.default
-    if isinstance(default, bool):
+    if str(option.type) == "bool":
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
         return {"type": float, "nargs": len(default), "metavar": option.name.rstrip("s").upper()}

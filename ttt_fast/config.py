@@ -73,13 +73,14 @@ class TTTConfig:
             :mod:`ttt_fast.engines.cost`: the engine and how many deltas go at once are chosen to
             fit, and what cannot is refused before it starts. Default None: plan with what the
             device has free, refuse nothing.
-        checkpointing: compute decoder layers again in the backward pass: True, False, or "auto",
-            where the predicted peak does not fit the memory otherwise. Of a layer only the input
-            is kept then. Exact, and a third more time.
-        cuda_graph: on a CUDA device, record the steps of ``adapt`` and replay them for later
-            prompts of the same shape, from the third on: True, False, or "auto", where it can be
-            done (:mod:`ttt_fast.graphs`); True raises and says why it cannot. At most 4 graphs are
-            kept, each with the memory that one step needs.
+        checkpointing: compute decoder layers again in the backward pass: True, False, or "auto";
+            "auto" does where the predicted peak does not fit the memory otherwise. Of a layer only
+            the input is kept then. Exact, and a third more time.
+        cuda_graph: replay the steps of ``adapt`` from a CUDA graph: True, False, or "auto";
+            on a CUDA device, from the third prompt of a shape on. With "auto" where it can be done
+            (:mod:`ttt_fast.graphs`); True raises and says why it cannot. At most 4 graphs are
+            kept, each with the memory that one step needs. Default False: it has not run on a GPU
+            yet, only on an emulation.
         check_every: steps between looks at the losses for non-finite values; default 1 on a CPU,
             ``steps`` on a GPU, where a look waits for the device. Whatever it is, nothing is
             written after a step that was not finite.
@@ -122,7 +123,7 @@ class TTTConfig:
     pad_to_multiple_of: int | None = None
     memory_budget: int | None = None
     checkpointing: bool | str = "auto"
-    cuda_graph: bool | str = "auto"
+    cuda_graph: bool | str = False
     check_every: int | None = None
     kv: str = "exact"
     span_tokens: int = 128
