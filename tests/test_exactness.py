@@ -58,7 +58,8 @@ def assert_as_naive(model, ids, steps, tolerance=1e-12, scope="all", layers=None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_rich_options(family):
-    assert_as_naive(tiny_model(family, torch.float64), prompt_ids(), 6, **RICH)
+    tolerance = 1e-6 if family.startswith("gemma") else 1e-12
+    assert_as_naive(tiny_model(family, torch.float64), prompt_ids(), 6, tolerance, **RICH)
 
 
 def test_the_comparison_notices_a_wrong_option():
@@ -236,7 +237,9 @@ def test_any_options(family, n_tokens, steps, scope, attention, seed, **options)
     model = tiny_model(family, torch.float64, seed=seed, attn_implementation=attention)
     ids = prompt_ids(n_tokens, seed=seed)
     # Rounding is magnified by each step that overshoots, so the steps are small.
-    assert_as_naive(model, ids, steps, scope=scope, lr=1e-3, **options)
+    # Gemma's norms work in float32 all the same: other sums in front of one round otherwise there.
+    tolerance = 1e-6 if family.startswith("gemma") else 1e-12
+    assert_as_naive(model, ids, steps, tolerance, scope=scope, lr=1e-3, **options)
 
 
 # ---------------------------------------------------------------------------- bfloat16
