@@ -566,10 +566,10 @@ def test_what_is_not_recorded(name):
 
 
 def test_objectives_hooks_and_budgets_are_not_recorded():
-    model = small_model()
-    trainer = TTTTrainer(model, TTTConfig(**OPTIONS), objective=lambda outputs, batch: None)
+    model, options = small_model(), OPTIONS | {"cuda_graph": "auto"}
+    trainer = TTTTrainer(model, TTTConfig(**options), objective=lambda outputs, batch: None)
     assert "Python of your objective" in trainer._graph_obstacle(watched=False)
-    trainer = TTTTrainer(model, TTTConfig(**OPTIONS))
+    trainer = TTTTrainer(model, TTTConfig(**options))
     assert trainer._graph_obstacle(watched=False) is None
     handle = model.model.layers[0].register_forward_hook(lambda *args: None)
     assert "would not run the hooks" in trainer._graph_obstacle(watched=False)
@@ -580,9 +580,9 @@ def test_objectives_hooks_and_budgets_are_not_recorded():
     model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
     assert "forwards of their own" in trainer._graph_obstacle(watched=False)
     del model.model.layers[0].mlp.forward
-    trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **OPTIONS))
+    trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options))
     assert "memory_budget" in trainer._graph_obstacle(watched=False)
-    trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, cuda_graph=True, **OPTIONS))
+    trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options | {"cuda_graph": True}))
     assert trainer._graph_obstacle(watched=False) is None
 
 
