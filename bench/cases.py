@@ -137,7 +137,7 @@ class Cap:
         return f"{self.operations:.1e} operations and {self.memory_bytes / 2**30:.0f} GiB"
 
 
-# Quick: about seven minutes for all on two cores. Full: some hours.
+# Quick: about nine minutes for all on two cores. Full: some hours.
 CAPS = {"quick": Cap(2.7e12, 6 << 30), "full": Cap(1e14, 14 << 30), "small": Cap(1e9, 1 << 30)}
 CAP = CAPS[AMOUNT]
 

@@ -91,7 +91,7 @@ def test_what_trains_has_its_gradient(which, monkeypatch):
     assert products
 
 
-def test_what_is_not_a_plain_linear_in_float32_is_left_alone(monkeypatch):
+def test_what_is_not_a_plain_linear_in_float32_is_left_alone():
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -132,6 +132,6 @@ def test_an_adaptation_is_what_it_is_without_them(engine, scope, some, family, m
     used = {names[id(weight)] for weight in products}
     assert any(some in name for name in used)
     assert used.isdisjoint(s.name for s in select_parameters(model, scope))
-    monkeypatch.setattr(pieces, "is_linear", lambda *_: False)
+    monkeypatch.setattr(pieces, "linear_of", lambda *_: None)
     with TTTTrainer(model, config).adapt(rows, deltas="independent") as adapted:
         assert torch.allclose(adapted.losses, losses, rtol=2e-5)

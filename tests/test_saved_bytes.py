@@ -31,9 +31,8 @@ SCOPES = {
 }
 
 
-def saved_by_a_step(model, **options):
-    """Bytes of what the second step saves, weights aside; a storage counts once."""
-    trainer = TTTTrainer(model, TTTConfig(steps=2, lr=1e-2, **options))
+def saved_by(model, run):
+    """Bytes of what autograd saves while something runs, weights aside; a storage counts once."""
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
     saved = {}
 
@@ -43,12 +42,18 @@ def saved_by_a_step(model, **options):
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def saved_by_a_step(model, **options):
+    """Bytes that the second step saves."""
+    trainer = TTTTrainer(model, TTTConfig(steps=2, lr=1e-2, **options))
     with trainer.begin(1, T) as session:
         parts = session.parts(complete_batch(Batch(prompt_ids(T)), model, 1))
         session.step_parts(parts)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            session.step_parts(parts)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        return saved_by(model, lambda: session.step_parts(parts))
 
 
 def stated(model, engine, n_tokens=T, **options):
@@ -132,20 +137,9 @@ def test_a_model_that_does_something_with_its_logits_saves_their_gradient(engine
 def saved_by_eager(model, scope, layers=None):
     """Bytes that stock torch saves for the loss of 64 tokens, with the scope's weights trained."""
     selected = {id(s.param) for s in select_parameters(model, scope, layers)}
-    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
-    saved = {}
-
-    def note(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     for param in model.parameters():
         param.requires_grad_(id(param) in selected)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = prompt_loss(model, prompt_ids(64))
-    del loss
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return saved_by(model, lambda: prompt_loss(model, prompt_ids(64)))
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)

@@ -159,6 +159,18 @@ def rotary_of(module: nn.Module, backend: str) -> Rotary | None:
     return Rotary(name in _TURN_PART, name in _TURN_WIDE, functions[1], *found)
 
 
+def linear_of(module: nn.Module, backend: str) -> Callable[..., Tensor] | None:
+    """A plain linear layer's x Wᵀ + b, None where there is no faster product than torch's."""
+    known = (
+        type(module).forward is nn.Linear.forward
+        and {"weight", "bias"} <= set(module._parameters)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+        and _fused(module, backend, "delta_linear") is not None
+    )
+    return _FrozenLinear.apply if known else None
+
+
 def _fused(module: nn.Module, backend: str, *names: str) -> list[Callable[..., Any]] | None:
     """The ops of these names where there is more than plain torch, which modules have already."""
     device = next(module.parameters()).device.type
@@ -226,6 +238,20 @@ class _Rotary(torch.autograd.Function):
         return *back, None, None, None
 
 
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = linear(x, weight)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear(dy, weight.t()), None, None
+
+
 def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -244,7 +270,7 @@ class _Piece:
         self,
         name: str,
         module: nn.Module,
-        arithmetic: RmsNorm | Glu | Rotary,
+        arithmetic: RmsNorm | Glu | Rotary | Callable[..., Tensor],
         own_code: Callable[[Tensor], bool],
     ) -> None:
         self.name, self.module = name, module
@@ -313,18 +339,8 @@ def _turned(
     return turn(q, k, *more, **options)
 
 
-class LinearPiece:
-    """A linear layer that does not train: x is not kept, and W is read as it lies.
-
-    Args:
-        name: of the module.
-        module: the module.
-        own_code: whether to leave an input to the module's own code.
-    """
-
-    def __init__(self, name: str, module: nn.Linear, own_code: Callable[[Tensor], bool]) -> None:
-        self.name, self.module = name, module
-        self._own_code = own_code
+class LinearPiece(_Piece):
+    """A linear layer that does not train: x is not kept, and W is read as it lies."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's forward, in the dtype of x."""
@@ -334,32 +350,7 @@ class LinearPiece:
         cast = x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
         if trains or cast or self._own_code(x):
             return type(module).forward(module, x)
-        return _FrozenLinear.apply(x, weight, bias)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        y = linear(x, weight)
-        return y if bias is None else y.add_(bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return linear(dy, weight.t()), None, None
-
-
-def is_linear(module: nn.Module, backend: str) -> bool:
-    """Whether a module is a plain linear layer for which there is a faster product than torch's."""
-    return (
-        type(module).forward is nn.Linear.forward
-        and {"weight", "bias"} <= set(module._parameters)
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-        and _fused(module, backend, "delta_linear") is not None
-    )
+        return self._arithmetic(x, weight, bias)
 
 
 Piece = NormPiece | GluPiece | RotaryPiece | LinearPiece
@@ -378,12 +369,11 @@ def pieces_of(
     for name, module in model.named_modules():
         for known, piece in (
             (rms_norm_of, NormPiece), (glu_of, GluPiece), (rotary_of, RotaryPiece),
+            (linear_of, LinearPiece),
         ):  # fmt: skip
             arithmetic = known(module, backend)
             if arithmetic is not None:
                 yield piece(name, module, arithmetic, own_code)
-        if is_linear(module, backend):
-            yield LinearPiece(name, module, own_code)
 
 
 @contextmanager
