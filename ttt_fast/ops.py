@@ -21,14 +21,21 @@ from ttt_fast.dispatch import (
     choose_for_update,
     implementation,
 )
-from ttt_fast.op_checks import COEFFICIENTS, DTYPES, ROUNDINGS, check_factors, check_update
+from ttt_fast.op_checks import (
+    COEFFICIENTS,
+    DTYPES,
+    ROUNDINGS,
+    check_factors,
+    check_pairs,
+    check_update,
+)
 from ttt_fast.reference import compute_dtype
 from ttt_fast.undo import UndoLog
 
 __all__ = [
     "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
     "glu", "glu_backward", "grad_norm", "gram_norm", "gram_norms", "implementation", "nll_",
-    "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
+    "rank_sgd_", "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 
@@ -415,6 +422,81 @@ def rank_update_(
     torch.ops.ttt_fast.rank_update_(
         weight, x, dy, beta, scale=float(scale), rounding=rounding, seed=seed,
         backend=choose("rank_update_", weight.device.type, backend),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def rank_sgd_(
+    params: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    first_step: bool = False,
+    grad_norm: Tensor | None = None,
+    max_grad_norm: float | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    found_inf: Tensor | None = None,
+    landed: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One SGD step on weights whose gradients are products of factors:  g = dyᵀ x.
+
+    :func:`sgd_` of the gradients in the compute type, which in "triton" are nowhere in memory;
+    "torch" forms them.
+
+    Args:
+        params: n weights, (out, in) or, as slices of a fused projection are, (k, out / k, in); any
+            strides. Mutated.
+        xs: n layer inputs, (R, in), dtype of their weight. R may be 0.
+        dys: n gradients at the layer's output, (R, out), likewise.
+        momentum_buffers: see :func:`sgd_`, as all that follow. Mutated.
+        lr: step size.
+        momentum: momentum factor μ.
+        dampening: dampening of momentum.
+        nesterov: use Nesterov momentum.
+        weight_decay: L2 coefficient.
+        decoupled_weight_decay: decay the weight itself instead of adding to the gradient.
+        first_step: the momentum buffers are to be initialised.
+        grad_norm: norm of all gradients of the step (:func:`gram_norms`); needed to clip.
+        max_grad_norm: clip threshold, None for no clipping.
+        rounding: "nearest" or "stochastic"; the bits are those of :func:`sgd_`.
+        seed: counter of the random bits.
+        found_inf: where it is not 0 nothing is changed.
+        landed: (2,) float64, added to.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: lists do not pair up, unsupported dtype or option.
+    """
+    if momentum and len(momentum_buffers) == 0 and len(params) > 0:
+        raise ValueError(f"rank_sgd_: momentum={momentum} needs momentum_buffers; got none.")
+    if max_grad_norm is not None and grad_norm is None:
+        raise ValueError(
+            "rank_sgd_: max_grad_norm needs grad_norm; compute it from ops.gram_norms(xs, dys)."
+        )
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(
+            f"rank_sgd_: rounding={rounding!r} is unknown; use 'nearest' or 'stochastic'."
+        )
+    states = {"momentum_buffers": momentum_buffers} if momentum else {}
+    # The gradients are not there to be checked; their factors follow.
+    check_update("rank_sgd_", params, params, states, (), (), rounding, None)
+    check_pairs("rank_sgd_", params, xs, dys)
+    torch.ops.ttt_fast.rank_sgd_(
+        list(params), list(xs), list(dys), list(momentum_buffers) if momentum else [], grad_norm,
+        found_inf, landed, lr=float(lr), momentum=float(momentum), dampening=float(dampening),
+        nesterov=nesterov, weight_decay=float(weight_decay),
+        decoupled_weight_decay=decoupled_weight_decay, first_step=first_step,
+        max_grad_norm=-1.0 if max_grad_norm is None else float(max_grad_norm), rounding=rounding,
+        seed=seed, backend=choose_for("rank_sgd_", params, backend),
     )  # fmt: skip
 
 

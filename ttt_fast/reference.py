@@ -450,6 +450,39 @@ def rank_update_(
             first += block.shape[0]
 
 
+def rank_sgd_(
+    params: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] = (),
+    grad_norm: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    landed: Tensor | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    first_step: bool = False,
+    max_grad_norm: float = -1.0,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> None:
+    """See :func:`ttt_fast.ops.rank_sgd_`, which checks the arguments."""
+    grads = []
+    for param, x, dy in zip(params, xs, dys, strict=True):
+        wide = compute_dtype(param.dtype)
+        grads.append(dy.to(wide).t().mm(x.to(wide)).view(param.shape))
+    sgd_(
+        params, grads, momentum_buffers, grad_norm=grad_norm, found_inf=found_inf, landed=landed,
+        lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov,
+        weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay,
+        first_step=first_step, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed,
+    )  # fmt: skip
+
+
 def nll_(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """See :func:`ttt_fast.ops.nll_`.
 
