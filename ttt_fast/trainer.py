@@ -25,9 +25,10 @@ from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
+from ttt_fast.model_state import holder, require_free
 from ttt_fast.objective import Objective, fused_reduction, negative_log_likelihood
 from ttt_fast.scope import select_parameters
-from ttt_fast.session import Session, StepReport, holder, require_free
+from ttt_fast.session import Session, StepReport
 
 
 class TTTTrainer:

@@ -20,8 +20,9 @@ from ttt_fast.batch import Batch, complete_batch
 from ttt_fast.conditions import finite
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.dense import DenseEngine
+from ttt_fast.model_state import require_free
 from ttt_fast.reference import compute_dtype
-from ttt_fast.session import DivergedError, Session, require_free
+from ttt_fast.session import DivergedError, Session
 from ttt_fast.study.grid import Setting
 from ttt_fast.trainer import TTTTrainer
 
