@@ -23,7 +23,8 @@ from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines import deltas
 from ttt_fast.engines.factored import FactoredEngine
-from ttt_fast.engines.factors import Inputs, MatrixFactors, Rows, Track, VectorFactors
+from ttt_fast.engines.factors import Inputs, MatrixFactors, Track, VectorFactors
+from ttt_fast.engines.rows import Rows
 from ttt_fast.scope import RowSlice, Selection, select_parameters
 
 _FORMAT = 1

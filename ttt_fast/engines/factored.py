@@ -26,8 +26,6 @@ from ttt_fast.engines.factors import (
     Lookups,
     MatrixFactors,
     Padding,
-    RowBuffer,
-    Rows,
     Track,
     VectorFactors,
     squared_norm,
@@ -37,6 +35,7 @@ from ttt_fast.engines.head import OutputHead, output_head
 from ttt_fast.engines.head_kinds import FactoredHead, FrozenHead
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.pieces import pieces_of, standing_in
+from ttt_fast.engines.rows import RowBuffer, Rows
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
 from ttt_fast.placement import Placement
 from ttt_fast.reference import compute_dtype
