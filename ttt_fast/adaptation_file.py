@@ -236,7 +236,8 @@ def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             about = (file.metadata() or {}).get(_KEY)
-            tensors = {} if about is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = [] if about is None else file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"load: {os.fspath(path)} is not a safetensors file ({error}).") from error
     if about is None:
