@@ -21,8 +21,8 @@ from ttt_fast.rounding import GOLDEN64, MASK32, compute_dtype, random_bits, roun
 
 __all__ = [
     "adamw_", "checksum", "copy_", "delta_linear", "glu", "glu_backward", "grad_norm", "gram_norm",
-    "gram_norms", "nll_", "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_",
-    "undo_restore_",
+    "gram_norms", "nll_", "rank_sgd_", "rank_update_", "rms_norm", "rms_norm_backward", "rotary",
+    "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 # An undo log works on runs of this many elements; a run of which more than a third changed is kept
