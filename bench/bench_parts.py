@@ -1,20 +1,26 @@
-"""Where the time of a step goes, before and after, with the floor of its arithmetic beside it.
+r"""Where the time of a step goes, before and after, with the floor of its arithmetic beside it.
 
-Four questions, each with both sides in one run, interleaved, whose losses are compared:
+Three questions, each with both sides in one run, interleaved, whose losses are compared:
 
   frozen   forward, loss and the gradient of the input embeddings, where nothing adapts: eager torch
            beside the package's pieces and head; and the head with the loss alone
-  step     a factored adaptation of 16 prompts of a question's length beside the naive loop on one
+  step     a factored adaptation of 16 prompts as long as a question beside the naive loop on one
            of them: milliseconds of a prompt and step, in all and by part (bench/parts.py)
   layers   the last four decoder layers beside all of them
 
 A quick run has what is below its cap, the rest is listed as not run. The times of a whole are
 without a profiler; those of parts are from one more run under torch's, which takes a little longer.
+In full, and this file alone:
+
+    export TTT_FAST_BENCH=full
+    python -m pytest bench/bench_parts.py -s --benchmark-enable -o python_files='bench_*.py' \
+        -o python_functions='bench_*' --benchmark-json=benchmark-bench_parts.json
+    python -m bench.report benchmark-bench_parts.json    # docs/benchmarks.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
@@ -35,6 +41,7 @@ from bench.conftest import gemm_sides, interleave, note
 from bench.shapes import AMOUNT, MODELS, SMALL
 from ttt_fast import Batch, TTTTrainer
 from ttt_fast.batch import complete_batch
+from ttt_fast.engines.cost import Layer
 from ttt_fast.engines.head import OutputHead
 from ttt_fast.engines.head_kinds import FrozenHead
 from ttt_fast.engines.pieces import pieces_of, standing_in
@@ -105,9 +112,9 @@ def bench_frozen(benchmark: Any, case: Case) -> None:
     model = load(case.model, case.torch_dtype).requires_grad_(False)
     embeddings = model.get_input_embeddings()(case.prompts())
     layers = workload_of(model, case).layers
-    compare(
-        benchmark, "frozen", f"forward and input gradients, {numbers(case)}", case,
-        model, lambda x: model(inputs_embeds=x, use_cache=False), embeddings, layers,
+    measure(
+        benchmark, f"forward and input gradients, {numbers(case)}", case, model,
+        lambda x: model(inputs_embeds=x, use_cache=False), embeddings, layers,
     )  # fmt: skip
 
 
@@ -121,10 +128,8 @@ def bench_head(benchmark: Any, case: Case) -> None:
     layers = [
         layer for layer in workload_of(meta_model(case.model, dtype), case).layers if layer.head
     ]
-    compare(
-        benchmark, "frozen", f"head and loss alone, {numbers(case)}", case, model, model, hidden,
-        layers,
-    )  # fmt: skip
+    what = f"head and loss alone, {numbers(case)}"
+    measure(benchmark, what, case, model, model, hidden, layers)
 
 
 def numbers(case: Case) -> str:
@@ -148,9 +153,9 @@ class HeadAlone(nn.Module):
         return SimpleNamespace(logits=self.lm_head(hidden))
 
 
-def compare(
-    benchmark: Any, kind: str, what: str, case: Case, model: nn.Module, forward: Forward,
-    x: Tensor, layers: Any,
+def measure(
+    benchmark: Any, what: str, case: Case, model: nn.Module, forward: Forward, x: Tensor,
+    layers: Sequence[Layer],
 ) -> None:  # fmt: skip
     """Measure both sides of a forward with loss and the gradient of its input."""
     ids = case.prompts()
@@ -167,7 +172,7 @@ def compare(
     work = parts.frozen_workload(layers, case.T)
     counts = {name: case.D * count for name, count in parts.operations(work).items()}
     info = {
-        "parts": kind,
+        "parts": "frozen",
         "what": what,
         "sides": {name: in_milliseconds(values) for name, values in seconds.items()},
         "floor_ms": parts.at_rate(counts, rate),

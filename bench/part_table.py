@@ -20,18 +20,9 @@ LAYERS = [
 ]
 
 
-# How a full run of this file alone is made.
-COMMAND = (
-    "TTT_FAST_BENCH=full python -m pytest bench/bench_parts.py --benchmark-enable"
-    " --benchmark-json=benchmark-bench_parts.json -o python_files='bench_*.py'"
-    " -o python_functions='bench_*' && TTT_FAST_BENCH=full python -m bench.report"
-    " benchmark-bench_parts.json"
-)
-
-
 def section(result: Json) -> str:
     """The section of docs/benchmarks.md."""
-    return f"{table(result['parts'])}\n\n{conditions(result, COMMAND)}"
+    return f"{table(result['parts'])}\n\n{conditions(result, 'make bench-full')}"
 
 
 def table(found: list[Json]) -> str:
