@@ -2,7 +2,7 @@
 
 SGD with momentum 0.9 and clip 10 in fp32, whole adaptations with snapshot and restore. Speeds are
 those of ``ttt-fast doctor --calibrate`` where it was run, else the defaults. Quick: nine cases on
-both sides of the crossover, about two minutes on two cores. Full: axes and a plane, from which
+both sides of the crossover, a minute and a half on two cores. Full: axes and a plane, from which
 ``bench/plots.py`` draws.
 """
 
@@ -116,17 +116,18 @@ def bench_policy(benchmark: Any) -> None:
 
 
 def measure(model: nn.Module, speeds: policy.Machine, case: Case) -> Row:
-    """Run both engines in turn; each on the same prompts."""
+    """Run both engines in turn, after a step of each; each on the same prompts."""
     ids = case.prompts()
 
-    def run(engine: str) -> Callable[[], None]:
-        trainer = TTTTrainer(model, case.config(engine))
-        return lambda: trainer.adapt(ids, deltas="independent").restore()
+    def run(trainer: TTTTrainer, **options: Any) -> Callable[[], None]:
+        return lambda: trainer.adapt(ids, deltas="independent", **options).restore()
 
     work = replace(cases.workload_of(model, case), available_bytes=policy.free_bytes())
     choice = policy.choose(work, speeds)
-    sides = {engine: (run(engine),) for engine in fitting(choice)}
-    seconds = interleave(sides, ROUNDS)
+    trainers = {engine: TTTTrainer(model, case.config(engine)) for engine in fitting(choice)}
+    sides = {engine: (run(trainer),) for engine, trainer in trainers.items()}
+    first_steps = [run(trainer, stop=lambda report: True) for trainer in trainers.values()]
+    seconds = interleave(sides, ROUNDS, first_steps)
     measured_ms = {engine: 1e3 * median(s) / (case.K * case.D) for engine, s in seconds.items()}
     return Row(case, choice, measured_ms)
 

@@ -33,7 +33,7 @@ from ttt_fast.study.tasks import TASKS, Encoded, load_examples
 
 TASK = TASKS["memo-trap"]
 MODEL = "SmolLM2-135M"
-STEPS = {"quick": (40,), "full": (40, 100), "small": (2,)}[AMOUNT]
+STEPS = {"quick": (10,), "full": (40, 100), "small": (2,)}[AMOUNT]
 SCOPES = ("all", "ffn", "attention") if AMOUNT == "full" else ("all",)
 ROUNDS = 3 if AMOUNT == "full" else 1
 # Trajectories of the loop in a round.

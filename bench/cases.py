@@ -33,6 +33,7 @@ class Case:
         dtype: of the weights.
         model: whose weights or shapes.
         name: of a corner.
+        layers: decoder layers that adapt, in the words of TTTConfig; "" for the whole scope.
     """
 
     T: int = 64
@@ -42,10 +43,12 @@ class Case:
     dtype: str = "float32"
     model: str = "SmolLM2-135M"
     name: str = ""
+    layers: str = ""
 
     def __str__(self) -> str:
         deltas = "one prompt" if self.D == 1 else f"{self.D} prompts"
         text = f"{self.model}, {self.dtype}, {deltas}, T = {self.T}, K = {self.K}, {self.scope}"
+        text += f", layers {self.layers}" if self.layers else ""
         return f"{self.name}: {text}" if self.name else text
 
     @property
@@ -56,7 +59,8 @@ class Case:
     def config(self, engine: str = "auto", steps: int | None = None) -> TTTConfig:
         """Our settings for it; fewer ``steps`` to warm up."""
         steps = self.K if steps is None else steps
-        return TTTConfig(steps=steps, scope=self.scope, engine=engine, **OPTIONS)
+        layers = self.layers or None
+        return TTTConfig(steps=steps, scope=self.scope, layers=layers, engine=engine, **OPTIONS)
 
     def prompts(self) -> Tensor:
         """The same (D, T) ids everywhere: SmolLM2's of its built-in prompts, else random ones."""
@@ -137,7 +141,7 @@ class Cap:
         return f"{self.operations:.1e} operations and {self.memory_bytes / 2**30:.0f} GiB"
 
 
-# Quick: about nine minutes for all on two cores. Full: some hours.
+# Quick: about six and a half minutes for all on two cores. Full: some hours.
 CAPS = {"quick": Cap(2.7e12, 6 << 30), "full": Cap(1e14, 14 << 30), "small": Cap(1e9, 1 << 30)}
 CAP = CAPS[AMOUNT]
 

@@ -2,8 +2,8 @@
 
 Each side of a benchmark is compared as its ratio to the baseline of the same run, so that a machine
 in a slow hour, or another one, does not look like a regression. The noise of a ratio is what the
-least and the most of its rounds allow; a regression is a ratio whose whole range is below the old
-one's.
+least and the most of its rounds allow; of a single round, what rounds of other cases did. A
+regression is a ratio whose whole range is below the old one's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = dict[str, Any]
+# Rounds of a case were up to a sixth from its median (2 cores of an EPYC with neighbours).
+SINGLE_ROUND = 1.2
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,18 @@ class Ratio:
     @classmethod
     def of(cls, baseline: Json, side: Json) -> Ratio:
         """From median, min and max of both."""
-        return cls(
-            baseline["median"] / side["median"],
-            baseline["min"] / side["max"],
-            baseline["max"] / side["min"],
-        )
+        (low, high), (least, most) = _range(baseline), _range(side)
+        return cls(baseline["median"] / side["median"], low / most, high / least)
 
     def __str__(self) -> str:
         return f"{self.typical:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
+
+def _range(times: Json) -> tuple[float, float]:
+    """Least and most."""
+    if times["min"] == times["max"]:
+        return times["min"] / SINGLE_ROUND, times["max"] * SINGLE_ROUND
+    return times["min"], times["max"]
 
 
 def ratios(result: Json) -> Iterator[tuple[str, Ratio]]:
@@ -54,6 +60,10 @@ def ratios(result: Json) -> Iterator[tuple[str, Ratio]]:
         for name in rows:
             if name.startswith("ours"):
                 yield f"{found['peers']}, {name}", Ratio.of(rows["naive loop"], rows[name])
+    for found in result.get("parts", []):
+        if "sides" in found:
+            before, after = found["sides"].values()
+            yield f"{found['what']} ({found['parts']})", Ratio.of(before, after)
 
 
 def _times(entry: Json) -> Json:

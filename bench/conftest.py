@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ttt_fast.engines import policy
 
 COPY_BYTES = 1 << (16 if SMALL else 28)
 GEMM_ROWS = 64 if SMALL else 1024
-ROUNDS = {"quick": 7, "full": 15, "small": 1}[AMOUNT]
+ROUNDS = {"quick": 5, "full": 15, "small": 1}[AMOUNT]
 
 
 class Side(NamedTuple):
@@ -56,7 +56,7 @@ def _copy_sides() -> dict[str, Side]:
     }
 
 
-def _gemm_sides(dtype: torch.dtype) -> dict[str, Side]:
+def gemm_sides(dtype: torch.dtype) -> dict[str, Side]:
     """The machine's GEMM rate: a product of square matrices."""
     a, b = torch.ones(2, GEMM_ROWS, GEMM_ROWS, dtype=dtype)
     return {"gemm (torch)": Side(lambda: a @ b, 0, 2 * GEMM_ROWS**3)}
@@ -83,10 +83,18 @@ def not_run(benchmark: Any, what: str, needed_bytes: int) -> bool:
     return True
 
 
-def interleave(sides: Sides, rounds: int) -> dict[str, list[float]]:
-    """Run all sides in turn, ``rounds`` times after one warm-up; seconds of each."""
+def interleave(
+    sides: Sides, rounds: int, warm_up: Iterable[Callable[[], Any]] | None = None
+) -> dict[str, list[float]]:
+    """Run all sides in turn, ``rounds`` times after a warm-up; seconds of each.
+
+    Args:
+        sides: what is compared.
+        rounds: how often.
+        warm_up: what runs before the first round; default each side once.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for run, *_ in sides.values():
+    for run in [run for run, *_ in sides.values()] if warm_up is None else warm_up:
         run()
     with no_collection():
         for _ in range(rounds):
@@ -136,7 +144,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             benchmark.pedantic(lambda: None)
             return
         copies = _copy_sides()
-        products = _gemm_sides(dtype) if any(side.operations for side in named.values()) else {}
+        products = gemm_sides(dtype) if any(side.operations for side in named.values()) else {}
         everything = copies | products | named
         seconds = interleave(everything, ROUNDS)
         typical = {name: median(values) for name, values in seconds.items()}

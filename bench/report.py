@@ -21,12 +21,14 @@ from typing import Any
 import torch
 import transformers
 
-from bench import tables
+from bench import part_table, tables
 from bench.compare import compare
 from bench.documents import BENCHMARKS, ROOT, write_block
 from bench.shapes import AMOUNT
 
 RESULTS = ROOT / "bench" / "results"
+# What a run of all files finds beside the parts of a step.
+OTHERS = ("benchmarks", "latency", "peers", "policy", "study")
 Json = dict[str, Any]
 
 
@@ -50,6 +52,7 @@ def condense(raws: Sequence[Json]) -> Json:
         "peers": [],
         "policy": {},
         "study": [],
+        "parts": [],
         "not_run": [],
     }
     for benchmark in (b for raw in raws for b in raw["benchmarks"]):
@@ -64,6 +67,8 @@ def condense(raws: Sequence[Json]) -> Json:
             result["policy"] = extra
         elif "study" in extra:
             result["study"].append(extra)
+        elif "parts" in extra:
+            result["parts"].append(extra)
         elif "not_run" in extra:
             result["not_run"].append(extra)
     return result
@@ -94,9 +99,16 @@ def write(raws: Sequence[Json], results: Path, readme: Path, benchmarks: Path) -
         )
     name = result["machine"].split(",")[0].replace("(R)", "").replace(" ", "-").lower()
     quick = "" if result["amount"] == "quick" else f"-{result['amount']}"
-    file = results / f"{name}-{result['datetime'][:10]}{quick}.json"
+    # Of one file alone: the tables of all others stay as they are.
+    alone = bool(result["parts"]) and not any(result[kind] for kind in OTHERS)
+    parts = "-parts" if alone else ""
+    file = results / f"{name}-{result['datetime'][:10]}{quick}{parts}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if result["parts"] and result["amount"] != "quick":
+        write_block(benchmarks, "parts", part_table.section(result))
+    if alone:
+        return file
     if result["amount"] == "full":
         write_block(benchmarks, "measured", tables.full(result))
         if result["policy"]:
@@ -104,7 +116,7 @@ def write(raws: Sequence[Json], results: Path, readme: Path, benchmarks: Path) -
 
             plots.write(result, benchmarks.parent)
     else:
-        write_block(readme, "bench", tables.readme(result))
+        write_block(readme, "bench", tables.readme(result, part_table.table(result["parts"])))
     return file
 
 

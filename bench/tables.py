@@ -27,9 +27,11 @@ FIGURES = (
 NOT_STOCK = ("ours", "reference", "frozen")
 
 
-def readme(result: Json) -> str:
-    """Whole adaptations, memory, and the single ops folded away."""
+def readme(result: Json, by_part: str) -> str:
+    """Whole adaptations, memory, and folded away the parts of a step and the single ops."""
     parts = [adaptations(result["latency"]), studies(result["study"]), policy(result["policy"])]
+    if by_part:
+        parts.append(f"<details><summary>A step by part</summary>\n\n{by_part}\n\n</details>")
     ops = op_rows(result["benchmarks"])
     if ops:
         lines = ["<details><summary>The single ops</summary>\n", *OPS, *ops, "\n</details>"]
@@ -54,7 +56,8 @@ def full(result: Json) -> str:
 def conditions(result: Json, command: str) -> str:
     """What a number needs to mean something."""
     return (
-        "Medians (least and most in brackets), both sides in one run, interleaved, on "
+        "Medians (least and most in brackets; none of a single round), both sides in one run,"
+        " interleaved, on "
         f"{result['machine']}; torch {result['torch']}, transformers {result['transformers']}, "
         f"commit {result['commit']}, {result['datetime'][:10]}. Regenerate with `{command}`."
     )
@@ -123,8 +126,11 @@ def number(value: float) -> str:
 
 
 def milliseconds(times: Json) -> str:
-    """Median, and least and most in brackets."""
-    return f"{number(times['median'])} ms [{number(times['min'])}, {number(times['max'])}]"
+    """Median, and least and most in brackets, where there was more than one round."""
+    text = f"{number(times['median'])} ms"
+    if times["min"] == times["max"]:
+        return text
+    return f"{text} [{number(times['min'])}, {number(times['max'])}]"
 
 
 # ---------------------------------------------------------------------------- the others

@@ -19,7 +19,10 @@ from bench.documents import ROOT
 from bench.shapes import MODELS, parameter_count, parameter_list
 from ttt_fast.engines import cost, policy
 
-DOCUMENT = "# A title\n<!-- bench:start -->\nold\n<!-- bench:end -->\nan end\n"
+DOCUMENT = (
+    "# A title\n<!-- bench:start -->\nold\n<!-- bench:end -->\n"
+    "<!-- parts:start -->\nold\n<!-- parts:end -->\nan end\n"
+)
 
 
 # ---------------------------------------------------------------------------- all of them, small
@@ -63,6 +66,10 @@ def test_every_benchmark_runs(raw, result):
     assert groups >= named
     assert len(result["latency"]) == 3 and len(result["peers"]) == 2
     assert result["study"] and result["policy"]["not_run"]
+    kinds = [each["parts"] for each in result["parts"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "frozen": 4, "step": 3, "layers": 1, "not run": 1
+    }  # fmt: skip
 
 
 def test_the_report_of_a_run(raw, tmp_path, monkeypatch):
@@ -74,6 +81,7 @@ def test_the_report_of_a_run(raw, tmp_path, monkeypatch):
     assert text.startswith("# A title\n") and text.endswith("an end\n") and "old" not in text
     assert "| one question: " in text and "Least gain beside the loop: " in text
     assert "4 prompts, T = 4096, K = 20, all (" in text  # not run
+    assert text.count("| RMSNorm, gated unit, rotary |") == 2 * 3  # README's, and docs/'s
     written = json.loads(file.read_text())
     assert written["latency"][0]["peaks"]["naive"]["stated_bytes"] > 0
     again, slower = compare(written, written)
