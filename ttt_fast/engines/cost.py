@@ -10,7 +10,7 @@ so many short prompts favour the factored engine, which reads the weights once f
 high rank t·T favours the dense one.
 
 Memory is of tensors that live at the same time at the end of a forward, when most do; the bytes
-that a step saves for each token are stated once, in :func:`saved_bytes`. What an allocator holds
+that a step saves are stated once, in :func:`saved_bytes`. What an allocator holds
 beyond that is not among them: glibc keeps freed memory of some sizes, a tenth to a half more,
 unless ``MALLOC_MMAP_THRESHOLD_=65536`` is in the environment.
 """
@@ -51,6 +51,12 @@ class Layer:
         saved: numbers that a step saves for each token where the gradient crosses the layer.
         statistics: numbers of 4 bytes, likewise.
         pairs: numbers for each pair of tokens, likewise: attention that is written out.
+        wide_pairs: numbers in float32, likewise, where the model's are narrower.
+        window: tokens from which on attention has a mask; 0 where only padding asks for one.
+        mask_pairs: numbers of the mask for each pair of tokens.
+        masked: numbers for each token on top of ``saved`` where there is a mask, or below it.
+        normalised: numbers that the factored engine keeps of a norm that trains, x / rms or the
+            like, in float32 at least; if x is narrower, a wide copy of it, too.
         keeps_input: its input is among what is saved, whether it trains or not.
         inside: of a decoder layer.
         head: it gives the logits.
@@ -67,6 +73,11 @@ class Layer:
     saved: int = 0
     statistics: int = 0
     pairs: int = 0
+    wide_pairs: int = 0
+    window: int = 0
+    mask_pairs: int = 0
+    masked: int = 0
+    normalised: int = 0
     keeps_input: bool = False
     inside: bool = False
     head: bool = False
@@ -80,6 +91,7 @@ class Workload:
     Attributes:
         layers: every module with a weight, frozen ones too: forward and backward cross them.
         tokens: T, tokens of a delta at a step, the longest where they differ.
+        n_rows: prompts that a delta's tokens are of.
         steps: K.
         deltas: D, adapted side by side where the engine can.
         in_turn: the dense engine restores each delta before the next one, so it keeps no copies.
@@ -90,6 +102,9 @@ class Workload:
         rounding: as in TTTConfig.
         vocabulary: width of the logits.
         loss_in_head: the head computes the losses, a few tokens at a time, and gives no logits.
+        capped: behind the head a tanh caps the logits, and keeps what it gives.
+        padded_from: deltas in a forward from which on it has padding; 0 where it never has.
+        n_labels: tokens of a delta that have a label, the most where they differ; None for all.
         attention_width: heads · head_dim, summed over the layers that attend.
         hidden_width: of the hidden states between decoder layers.
         context: tokens of a delta's prompts whose keys and values are frozen; 0 if none are.
@@ -111,8 +126,12 @@ class Workload:
     momentum: bool = True
     accumulate_delta: bool = False
     rounding: str = "nearest"
+    n_rows: int = 1
     vocabulary: int = 0
     loss_in_head: bool = False
+    capped: bool = False
+    padded_from: int = 0
+    n_labels: int | None = None
     attention_width: int = 0
     hidden_width: int = 0
     context: int = 0
@@ -144,6 +163,11 @@ class Workload:
     def gives_logits(self) -> bool:
         """Whether the logits of all tokens are there at the same time, for a loss behind them."""
         return not self.loss_in_head or self.rounding == "torch"
+
+    @property
+    def predicted(self) -> int:
+        """Tokens of a delta that have logits."""
+        return self.tokens if self.n_labels is None or self.gives_logits else self.n_labels
 
     @property
     def forward_weights(self) -> float:
@@ -193,6 +217,12 @@ class Workload:
         inputs = sum(x.count * x.in_ for x in self._adapted_linears if not x.shares_input)
         outputs = sum(x.count * x.adapted_out for x in self.layers if x.kind != "vector")
         return inputs + outputs
+
+    @property
+    def head_factor_width(self) -> int:
+        """Those of them that only tokens with logits have."""
+        heads = (x for x in self._adapted_linears if x.head)
+        return sum(x.count * (x.adapted_out + x.in_) for x in heads)
 
     @property
     def modules(self) -> float:
@@ -290,11 +320,12 @@ def factored_ms(work: Workload, machine: Machine, at_once: int | None = None) ->
 # ---------------------------------------------------------------------------- memory
 
 
-def saved_bytes(work: Workload, engine: str) -> int:
-    """Bytes that autograd saves for each token of a forward.
+def saved_bytes(work: Workload, engine: str, rows: int = 1) -> int:
+    """Bytes that autograd saves in a forward of ``rows`` times ``work.tokens`` tokens.
 
         Σ over what the gradient crosses      a norm: its input and 1 / rms
-                                              attention: query, key, value, result, log-sum-exp
+        for each token                        attention: query, key, value, result, log-sum-exp,
+                                              and its mask, where it has one
                                               a gated MLP: gate and up
                                               the head with the loss: the gradient of its input
         + Σ over the linears that train       the input, in the dense engine, where neither a
@@ -304,14 +335,19 @@ def saved_bytes(work: Workload, engine: str) -> int:
 
     and nothing for frozen linears, nor below the lowest module that trains. In the factored engine
     inputs and the logits' gradient are among the factors. Where the model gives its logits, the
-    loss saves their gradient, which is not among these. For modules of other families see
-    :mod:`ttt_fast.engines.shapes`.
+    loss saves their gradient, which is not among these. What other modules keep, and these with
+    the model's own code, is in :mod:`ttt_fast.engines.shapes`.
+
+    Args:
+        work: what is to be done.
+        engine: "dense" or "factored".
+        rows: how many times ``work.tokens`` tokens go through the model together.
     """
-    return sum(_saved_bytes(work, layer, engine) for layer in work.layers)
+    return rows * sum(_saved_bytes(work, layer, engine, rows) for layer in work.layers)
 
 
 def activation_bytes(work: Workload, engine: str, rows: int = 1) -> int:
-    """Bytes for each token that are there at the peak: all that is saved.
+    """Bytes of what is saved that are there at the peak: all.
 
     With checkpointing, the inputs of the layers and what is saved outside of them; and what one of
     them saves, or the dense engine's factors of gradients that are not formed, which it keeps until
@@ -322,40 +358,58 @@ def activation_bytes(work: Workload, engine: str, rows: int = 1) -> int:
         engine: "dense" or "factored".
         rows: how many times ``work.tokens`` tokens go through the model together.
     """
+    saved = saved_bytes(work, engine, rows)
     if work.checkpointing is not True or not work.blocks:
-        return saved_bytes(work, engine)
-    inside = sum(_saved_bytes(work, layer, engine) for layer in work.layers if layer.inside)
-    whole = work.blocks * work.hidden_width * work.itemsize + saved_bytes(work, engine) - inside
+        return saved
+    tokens = rows * work.tokens
+    layers = [layer for layer in work.layers if layer.inside]
+    inside = rows * sum(_saved_bytes(work, layer, engine, rows) for layer in layers)
+    whole = tokens * work.blocks * work.hidden_width * work.itemsize + saved - inside
     kept = 0
     if engine == "dense":
-        kept = work.itemsize * sum(
-            x.count * (x.adapted_out + (0 if x.shares_input else x.in_))
-            for x in work.layers
-            if x.inside and x.kind == "linear" and _stays_factors(work, x)
-        )
+        linears = [x for x in layers if x.kind == "linear" and _stays_factors(work, x)]
+        widths = (x.count * (x.adapted_out + (0 if x.shares_input else x.in_)) for x in linears)
+        kept = tokens * work.itemsize * sum(widths)
     later = max(kept, -(-inside // work.blocks))
-    gone = work.vocabulary * work.itemsize
+    gone = tokens * work.vocabulary * work.itemsize
     if not work.gives_logits:
-        gone = _logit_bytes(work, rows, engine) // (rows * work.tokens)
+        gone = _logit_bytes(work, rows, engine)
     return whole + max(0, later - gone)
 
 
-def _saved_bytes(work: Workload, layer: Layer, engine: str) -> int:
-    """Of the layers of one shape."""
-    numbers = statistics = pairs = 0
+def _saved_bytes(work: Workload, layer: Layer, engine: str, rows: int) -> int:
+    """Of the layers of one shape, a share of 1 / ``rows``: for ``work.tokens`` tokens."""
+    numbers = statistics = pairs = wide_pairs = wide = labelled = 0
+    narrow = work.itemsize < work.wide_itemsize
     if layer.differentiated:
         numbers, statistics, pairs = layer.saved, layer.statistics, layer.pairs
+        wide_pairs = layer.wide_pairs if narrow else 0
+        if _is_masked(work, layer, rows):
+            numbers, pairs = numbers + layer.masked, pairs + layer.mask_pairs
+    if engine == "factored" and layer.adapted_out and layer.normalised:
+        wide = layer.normalised * (2 if narrow else 1)
+        numbers = 0 if narrow else numbers
     trains_whole = engine == "dense" and layer.kind == "linear" and layer.adapted_out
-    if trains_whole:
+    if trains_whole and layer.head and not work.gives_logits:
+        labelled = layer.in_ + layer.out
+    elif trains_whole:
         kept = layer.shares_input or (layer.keeps_input and layer.differentiated)
         numbers += 0 if kept else layer.in_
-    if layer.head and not work.gives_logits:
-        numbers += layer.out if trains_whole else layer.in_ * layer.differentiated
+    elif layer.head and not work.gives_logits:
+        numbers += layer.in_ * layer.differentiated
+    seen = -(-(work.tokens + work.context) // work.n_rows)
     return layer.count * (
-        numbers * work.itemsize
-        + 4 * statistics
-        + pairs * (work.tokens + work.context) * work.wide_itemsize
+        work.itemsize * (work.predicted * labelled + work.tokens * (numbers + pairs * seen))
+        + work.wide_itemsize * work.tokens * (wide + wide_pairs * seen)
+        + 4 * work.tokens * statistics
     )
+
+
+def _is_masked(work: Workload, layer: Layer, rows: int) -> bool:
+    """Whether an attention is given a mask; spans before frozen keys make do without."""
+    padded = 0 < work.padded_from <= rows
+    full = 0 < layer.window * work.n_rows <= work.tokens
+    return not work.context and (padded or full)
 
 
 def dense_bytes(work: Workload) -> dict[str, int]:
@@ -394,10 +448,11 @@ def _stays_factors(work: Workload, layer: Layer) -> bool:
 
 def factored_bytes(work: Workload, at_once: int | None = None) -> dict[str, int]:
     """Memory above the model, by use; ``at_once`` deltas in a forward, by default all."""
-    per_token = work.factor_width * work.itemsize
+    head = work.head_factor_width
+    numbers = work.tokens * (work.factor_width - head) + work.predicted * head
     vectors = 4 * work.vector_parameters
     return {
-        "factors": work.deltas * work.steps * (work.tokens * per_token + vectors),
+        "factors": work.deltas * work.steps * (numbers * work.itemsize + vectors),
         **_frozen_bytes(work, at_once or work.deltas),
         **_forward_bytes(work, at_once or work.deltas, "factored"),
     }
@@ -415,14 +470,14 @@ def _frozen_bytes(work: Workload, rows: int) -> dict[str, int]:
 def _forward_bytes(work: Workload, rows: int, engine: str) -> dict[str, int]:
     """What ``rows`` times ``work.tokens`` tokens keep until their backward pass."""
     return {
-        "activations": rows * work.tokens * activation_bytes(work, engine, rows),
+        "activations": activation_bytes(work, engine, rows),
         "logits": _logit_bytes(work, rows, engine),
     }
 
 
 def _logit_bytes(work: Workload, rows: int, engine: str) -> int:
     """Of the logits that are there at the same time, those not counted that the head keeps."""
-    tokens, token_bytes = rows * work.tokens, work.vocabulary * work.itemsize
+    tokens, token_bytes = rows * work.predicted, work.vocabulary * work.itemsize
     if not work.gives_logits:
         trains = any(layer.head and layer.adapted_out for layer in work.layers)
         if engine == "dense" and trains:
@@ -433,6 +488,8 @@ def _logit_bytes(work: Workload, rows: int, engine: str) -> int:
     numbers = 2 * work.itemsize
     if work.rounding == "torch":
         numbers = work.itemsize + work.wide_itemsize * (1 if work.itemsize >= 4 else 2)
+    if work.capped:
+        numbers += work.itemsize
     return tokens * work.vocabulary * numbers
 
 
