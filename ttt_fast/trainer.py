@@ -20,9 +20,9 @@ from ttt_fast.batch import Batch, complete_batch, context_length
 from ttt_fast.config import Schedule, TTTConfig
 from ttt_fast.engines import policy
 from ttt_fast.engines.budget import refusal
-from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
+from ttt_fast.engines.work import Workload
 from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
 from ttt_fast.model_state import holder, require_free

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ttt_fast.engines.cost import Workload, dense_bytes, factored_bytes, largest
+from ttt_fast.engines.cost import dense_bytes, factored_bytes, largest
 from ttt_fast.engines.policy import Choice
+from ttt_fast.engines.work import Workload
 
 # What to offer in place of a larger scope.
 _SCOPES = ("ffn", "attention", "query", "norm")

@@ -16,7 +16,6 @@ from torch import nn
 
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.cost import (
-    Workload,
     deltas_at_once,
     dense_bytes,
     dense_ms,
@@ -33,6 +32,7 @@ from ttt_fast.engines.shapes import (
     kv_width,
     layers_of,
 )
+from ttt_fast.engines.work import Workload
 from ttt_fast.scope import Selection
 from ttt_fast.span_cache import attends_apart
 
