@@ -105,8 +105,8 @@ def test_the_dense_engine_is_weighed_without_copies(monkeypatch):
     """Each batch is restored before the next, so what D copies would need decides nothing."""
     plan, copies = TTTTrainer.plan, []
 
-    def only_without_copies(self, n_deltas, n_tokens, in_turn=False):
-        choice = plan(self, n_deltas, n_tokens, in_turn=in_turn)
+    def only_without_copies(self, n_deltas, n_tokens, in_turn=False, **found):
+        choice = plan(self, n_deltas, n_tokens, in_turn=in_turn, **found)
         copies.append(
             choice.predicted_bytes["dense"] > plan(self, 1, n_tokens).predicted_bytes["dense"]
         )

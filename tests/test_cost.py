@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ttt_fast.calibration import default_machine
 from ttt_fast.engines import cost
-from ttt_fast.engines.cost import Layer, Workload
 from ttt_fast.engines.machine import Machine, is_smooth, smooth
+from ttt_fast.engines.work import Layer, Workload
 
 
 def test_memory_by_hand():

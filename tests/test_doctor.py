@@ -43,13 +43,21 @@ def test_the_engine_and_its_memory(folder):
     assert set(report["engine"]["predicted_ms"]) == {"factored", "dense"}
     alone = doctor.report(config, model=folder, tokens=8)["memory"]["bytes"]
     several = report["memory"]["bytes"]
-    assert set(several) == {"factors", "activations"}
+    assert set(several) == {"factors", "activations", "logits"}
     assert several == {use: 3 * number for use, number in alone.items()}
     page = doctor.page(report)
     assert "factored engine for 5 steps on 3 prompts" in page
     assert report["engine"]["reason"] in page
     for part in ("memory", "engine"):
         assert json.loads(json.dumps(report))[part] == report[part]
+
+
+def test_experts_are_counted_too(tmp_path):
+    """Which tokens they get depends on values; how many does not."""
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    report = doctor.report(TTTConfig(), model=str(tmp_path), tokens=8)
+    assert report["memory"]["bytes"]["activations"] > 0
+    assert "unknown" not in doctor.page(report)
 
 
 def test_the_dense_engine_and_its_reason(folder):

@@ -103,6 +103,39 @@ def test_a_session_and_a_grid_are_refused_too():
     adapt(trainer_of(model, "factored"))
 
 
+def test_tokens_without_a_label_need_no_logits():
+    """Neither in the forward nor among the factors: what is refused with all labels fits."""
+    model, ids = tiny_model("llama", vocab_size=5000), prompt_ids(40)
+    labels = ids.clone()
+    labels[:, :-4] = -100
+    few = trainer_of(model, "factored").plan(1, 40, n_labels=4).predicted_bytes["factored"]
+    options = dict(memory_budget=few, checkpointing="auto")
+    with trainer_of(model, "factored", **options).adapt(ids, labels=labels) as adapted:
+        assert not adapted.choice.checkpointing  # nor is there a need to compute anything again
+        assert adapted.choice.predicted_bytes["factored"] == few
+    with pytest.raises(ValueError, match="with checkpointing need"):
+        adapt(trainer_of(model, "factored", **options), 40)
+
+
+def test_padding_is_planned_with():
+    """Its mask makes attention keep keys and values of each head."""
+    model = tiny_model("llama", attn_implementation="sdpa")
+    prompts = [prompt_ids(n)[0] for n in (30, 40)]
+    options = dict(scope="ffn", checkpointing=False)
+    plan = trainer_of(model, "factored", **options).plan
+    even, padded = (plan(2, 40, padded=each).predicted_bytes["factored"] for each in (False, True))
+    assert even < padded
+    adapt(trainer_of(model, "factored", memory_budget=even, **options), 40, 2)
+    trainer = trainer_of(model, "factored", memory_budget=padded, **options)
+    with trainer.adapt(prompts, deltas="independent") as adapted:
+        assert adapted.choice.deltas_at_once == 2
+    # One after the other they have none.
+    trainer = trainer_of(model, "factored", memory_budget=even, **options)
+    with trainer.adapt(prompts, deltas="independent") as adapted:
+        assert adapted.choice.deltas_at_once == 1
+        assert adapted.choice.predicted_bytes["factored"] < even
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_deltas_take_turns_where_they_do_not_fit_together(at_once):
     model, rows = fp64("llama"), []

@@ -12,8 +12,8 @@ from families import FAMILIES, tiny_model
 from ttt_fast import TTTConfig, select_parameters
 from ttt_fast.calibration import default_machine
 from ttt_fast.engines import cost, policy
-from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.policy import choose, workload
+from ttt_fast.engines.work import Workload
 
 CONFIGS = {
     "smollm2": LlamaConfig(

@@ -3,8 +3,8 @@
 import pytest
 
 from ttt_fast import TTTConfig
-from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.policy import Choice, _decide
+from ttt_fast.engines.work import Workload
 from ttt_fast.study import Setting
 from ttt_fast.study.plan import _portion
 

@@ -146,6 +146,12 @@ class Batch:
         # Looked at once: it waits for the device, and the same rows may be stepped on many times.
         return bool((self.attention_mask == 0).any())
 
+    def labels_at_most(self) -> int:
+        """Predicted tokens of the delta that has the most; waits for the device."""
+        by_row = (self.labels[:, 1:] != IGNORE_INDEX).sum(1)
+        by_delta = torch.zeros(self.n_rows, dtype=by_row.dtype, device=by_row.device)
+        return int(by_delta.index_add_(0, self.delta_index, by_row).max())
+
     def model_inputs(self, model_arguments: frozenset[str]) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
 
@@ -357,12 +363,15 @@ def _check_labels(
         )
 
 
+def text_config(model: nn.Module) -> Any:
+    """Configuration of a model's language part, None where it has none."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def context_length(model: nn.Module) -> int | None:
     """Longest prompt that the model's configuration allows, None if it does not say."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     for name in ("max_position_embeddings", "n_positions"):
         value = getattr(text, name, None)
         if isinstance(value, int):

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 from ttt_fast import ops
 from ttt_fast.batch import Batch
 from ttt_fast.engines import cost, policy
-from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.machine import Machine, smooth
 from ttt_fast.engines.products import linear
+from ttt_fast.engines.work import Workload
 from ttt_fast.objective import negative_log_likelihood
 
 FORMAT = 1

@@ -11,19 +11,17 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch import nn
 
-from ttt_fast import Selection, TTTConfig, __version__, calibration, select_parameters
+from ttt_fast import TTTConfig, __version__, calibration, select_parameters
 from ttt_fast.backend import available_backends
 from ttt_fast.demo import demo_model_folder
-from ttt_fast.engines import cost, policy
-from ttt_fast.naive import prompt_loss
+from ttt_fast.engines import policy
+from ttt_fast.engines.budget import needed
 
 
 def report(
@@ -113,8 +111,8 @@ def memory(
         deltas: prompts that adapt at once.
 
     Returns:
-        numbers of parameters, the engine that would run, and bytes by use above the model;
-        "activations" is None where the forward looks at values.
+        numbers of parameters, the engine that would run, and bytes by use above the model: those
+        that a ``memory_budget`` is held against.
 
     Raises:
         ValueError: unknown architecture or scope, or an engine that cannot do it.
@@ -127,22 +125,16 @@ def _plan(
     name: str, config: TTTConfig, dtype: str, tokens: int, deltas: int, device: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Memory and engine of a run."""
-    with FakeTensorMode():
-        model = _weightless_model(name, dtype)
-        selections = select_parameters(model, config.scope, config.layers)
-        limit = config.memory_budget or policy.free_bytes(device)
-        work = policy.workload(model, selections, config, deltas, tokens, limit)
-        activation_bytes = _saved_bytes(model, selections, tokens)
+    model = _weightless_model(name, dtype)
+    selections = select_parameters(model, config.scope, config.layers)
+    limit = config.memory_budget or policy.free_bytes(device)
+    work = policy.workload(model, selections, config, deltas, tokens, limit)
+    if device == "cpu" and config.kv == "exact":
+        work = dataclasses.replace(work, n_labels=max(1, tokens - 1))
     speeds = calibration.machine(model.dtype, device)
     choice = policy.choose(work, speeds, config.engine)
-    rows = 1
-    if choice.engine == "factored":
-        rows = choice.deltas_at_once
-        needs = {"factors": cost.factored_bytes(work)["factors"]}
-    else:
-        needs = cost.dense_bytes(work)
-    needs["activations"] = None if activation_bytes is None else rows * activation_bytes
-    needs.pop("logits", None)  # the loss saves them, so they are among the activations
+    work = dataclasses.replace(work, checkpointing=choice.checkpointing)
+    needs = needed(work, choice.engine, choice.deltas_at_once)
     report = {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -157,7 +149,7 @@ def _plan(
         "selected_tensors": len(selections),
         "model_bytes": sum(param.nbytes for param in model.parameters()),
         "bytes": needs,
-        "total_bytes": sum(value or 0 for value in needs.values()),
+        "total_bytes": sum(needs.values()),
     }
     return report, dataclasses.asdict(choice)
 
@@ -194,7 +186,9 @@ def _memory_lines(need: dict[str, Any]) -> list[str]:
         "delta": "fp32, with accumulate=delta",
         "weights": "of the deltas that wait for their turn",
         "factors": f"of {need['steps']} steps; in place of gradients, momentum and snapshot",
+        "keys_values": "frozen ones of the prompts",
         "activations": f"saved for the backward pass of {need['tokens']} tokens",
+        "logits": "that are there at the same time, besides",
     }
     lines = [
         f"{need['model']} in {need['dtype']}: {need['parameters'] / 1e6:.1f} M parameters, "
@@ -206,8 +200,7 @@ def _memory_lines(need: dict[str, Any]) -> list[str]:
     ]
     for use, number in need["bytes"].items():
         if number != 0:
-            size = "unknown" if number is None else _mib(number)
-            lines.append(f"  {use:<12} {size:>14}   {words[use]}")
+            lines.append(f"  {use:<12} {_mib(number):>14}   {words[use]}")
     lines.append(f"  {'total':<12} {_mib(need['total_bytes']):>14}")
     return lines
 
@@ -226,38 +219,12 @@ def _mib(number: int) -> str:
 
 
 def _weightless_model(name: str, dtype: str) -> nn.Module:
-    """The model without storage; call it under a FakeTensorMode."""
+    """The model without storage."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(demo_model_folder() if name == "demo" else name)
     wanted = getattr(config, "dtype", None) if dtype == "auto" else dtype
     if not isinstance(wanted, torch.dtype):
         wanted = getattr(torch, wanted or "float32")
-    return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
-
-
-def _saved_bytes(model: nn.Module, selections: Sequence[Selection], tokens: int) -> int | None:
-    """Bytes that autograd saves in one forward, without computing anything.
-
-    Weights are not counted, and tensors that share a storage count once. On SmolLM2-135M at 256
-    tokens this is 8 % above what a real forward saves.
-    """
-    weights = {param.untyped_storage()._cdata for param in model.parameters()}
-    model.requires_grad_(False)
-    for selection in selections:
-        selection.param.requires_grad_(True)
-    # Holding the tensor keeps its storage's address from being reused.
-    saved: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            saved[storage] = tensor
-        return tensor
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            prompt_loss(model, torch.zeros(1, tokens, dtype=torch.int64))
-    except DataDependentOutputException:
-        return None
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()

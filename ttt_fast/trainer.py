@@ -20,9 +20,9 @@ from ttt_fast.batch import Batch, complete_batch, context_length
 from ttt_fast.config import Schedule, TTTConfig
 from ttt_fast.engines import policy
 from ttt_fast.engines.budget import refusal
-from ttt_fast.engines.cost import Workload
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
+from ttt_fast.engines.work import Workload
 from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
 from ttt_fast.model_state import holder, require_free
@@ -106,6 +106,8 @@ class TTTTrainer:
         engine: str | None = None,
         in_turn: bool = False,
         n_rows: int = 1,
+        padded: bool = False,
+        n_labels: int | None = None,
     ) -> policy.Choice:
         """What an engine setting comes to: which one, why, and predicted time and memory.
 
@@ -117,21 +119,42 @@ class TTTTrainer:
             in_turn: with the dense engine each delta is restored before the next one, as in
                 :meth:`adapt_batches`; otherwise it keeps all of them, as :meth:`adapt` does.
             n_rows: prompts of a delta.
+            padded: some of the prompts are shorter than others.
+            n_labels: tokens of a delta that are predicted, the most where they differ; default all
+                but the first of each prompt.
         """
         param = self.selections[0].param
-        work = replace(self._workload(n_deltas, n_tokens, n_rows), in_turn=in_turn)
+        work = self._workload(n_deltas, n_tokens, n_rows, padded, n_labels)
+        work = replace(work, in_turn=in_turn)
         machine = calibration.machine(param.dtype, param.device)
         engine = engine or self.config.engine
         if engine == "auto" and torch.is_autocast_enabled(param.device.type):
             engine = "dense"  # factors are in the dtype of the weights
         return policy.choose(work, machine, engine)
 
-    def _workload(self, n_deltas: int, n_tokens: int, n_rows: int) -> Workload:
+    def _workload(
+        self,
+        n_deltas: int,
+        n_tokens: int,
+        n_rows: int = 1,
+        padded: bool = False,
+        n_labels: int | None = None,
+    ) -> Workload:
         if self._work is None:
             self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
         device = self.selections[0].param.device
         available = self.config.memory_budget or policy.free_bytes(device)
-        work = replace(self._work, deltas=n_deltas, available_bytes=available)
+        together = 1 if n_rows > 1 or self.config.pad_to_multiple_of else 2
+        # On other devices all tokens have logits, and so do those of a span.
+        all_count = device.type != "cpu" or self.config.kv == "frozen"
+        most = n_tokens - n_rows if n_labels is None else n_labels
+        work = replace(
+            self._work,
+            deltas=n_deltas,
+            available_bytes=available,
+            padded_from=together if padded else 0,
+            n_labels=None if all_count else max(1, most),
+        )
         if not self._computes_loss_in_head():
             work = replace(work, loss_in_head=False)
         return policy.on_prompts(work, self.config, n_tokens, n_rows)
@@ -152,19 +175,19 @@ class TTTTrainer:
         return replace(
             smaller,
             tokens=work.tokens,
+            n_rows=work.n_rows,
             context=work.context,
             available_bytes=work.available_bytes,
             loss_in_head=work.loss_in_head,
+            padded_from=work.padded_from,
+            n_labels=work.n_labels,
         )
 
-    def _require_budget(
-        self, choice: policy.Choice, n_deltas: int, n_tokens: int, n_rows: int
-    ) -> None:
+    def _require_budget(self, choice: policy.Choice, work: Workload) -> None:
         """Refuse what would not fit the memory that the user has set."""
         budget = self.config.memory_budget
         if budget is None:
             return
-        work = self._workload(n_deltas, n_tokens, n_rows)
         reason = refusal(work, choice, budget, partial(self._scoped, work))
         if reason is not None:
             raise ValueError(f"adapt: {reason} Nothing has changed.")
@@ -175,13 +198,15 @@ class TTTTrainer:
         n_deltas: int,
         n_tokens: int,
         n_rows: int = 1,
+        padded: bool = False,
+        n_labels: int | None = None,
         **options: Any,
     ) -> Session:
-        self._require_budget(choice, n_deltas, n_tokens, n_rows)
+        work = self._workload(n_deltas, n_tokens, n_rows, padded, n_labels)
+        self._require_budget(choice, work)
         engine = self._engine(choice.engine)
         if engine.together:
-            tokens = self._workload(n_deltas, n_tokens, n_rows).tokens
-            options["capacity"] = tokens * self.config.steps
+            options["capacity"] = work.tokens * self.config.steps
         return Session(
             self.model, engine, self.config, n_deltas, self.objective, choice=choice, **options
         )
@@ -256,8 +281,9 @@ class TTTTrainer:
         n_deltas = int(batch.delta_index.max()) + 1
         n_rows = batch.n_rows // n_deltas
         n_tokens = self._padded_length(batch) * n_rows
-        choice = self.plan(n_deltas, n_tokens, n_rows=n_rows)
-        begin = partial(self._begin, choice, n_deltas, n_tokens, n_rows)
+        found = self._found(batch)
+        choice = self.plan(n_deltas, n_tokens, n_rows=n_rows, **found)
+        begin = partial(self._begin, choice, n_deltas, n_tokens, n_rows, **found)
         return self._adapt(begin, batch, on_step, stop, progress)
 
     def adapt_grid(
@@ -315,8 +341,10 @@ class TTTTrainer:
         batch = complete_batch(batch, self.model, n)
         require_free(self.model)
         n_tokens = self._padded_length(batch)
-        choice = self.plan(n, n_tokens, "factored")
-        begin = partial(self._begin, choice, n, n_tokens, configs=configs, keep_diverged=True)
+        found = self._found(batch)
+        choice = self.plan(n, n_tokens, "factored", **found)
+        own = {"configs": configs, "keep_diverged": True}
+        begin = partial(self._begin, choice, n, n_tokens, **found, **own)
         adaptation = self._adapt(begin, batch, on_step, None, progress)
         adaptation.configs = configs
         return adaptation
@@ -374,7 +402,8 @@ class TTTTrainer:
             longest = lengths[count]
             if limit is not None and (count + 1) * self.config.tokens_of_step(longest) > limit:
                 break
-            if self.plan(count + 1, longest).deltas_at_once <= count:
+            padded = lengths[0] < longest
+            if self.plan(count + 1, longest, padded=padded).deltas_at_once <= count:
                 break
             count += 1
         # The dense engine takes one after the other: all that a batch would need is copies.
@@ -430,6 +459,13 @@ class TTTTrainer:
         length, multiple = rows.input_ids.shape[1], self.config.pad_to_multiple_of or 1
         longest = context_length(self.model) or math.inf
         return max(length, min(-(-length // multiple) * multiple, longest))
+
+    def _found(self, rows: Batch) -> dict[str, Any]:
+        """What of a complete batch a plan depends on, besides its size."""
+        padded = rows.padded or self._padded_length(rows) > rows.input_ids.shape[1]
+        # Only where it is asked for: it waits for the device.
+        here = rows.device.type == "cpu"
+        return {"padded": padded, "n_labels": rows.labels_at_most() if here else None}
 
     def _graph_obstacle(self, watched: bool) -> str | None:
         """Why steps are not recorded, in words; None where they may be."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ttt_fast.engines.cost import Workload, dense_bytes, factored_bytes, largest
+from ttt_fast.engines.cost import dense_bytes, factored_bytes, largest
 from ttt_fast.engines.policy import Choice
+from ttt_fast.engines.work import Workload
 
 # What to offer in place of a larger scope.
 _SCOPES = ("ffn", "attention", "query", "norm")
@@ -77,9 +78,16 @@ def _what_fits(
         if smaller is not None and smaller.obstacle is None and fits(smaller):
             yield f"scope={scope!r} ({_size(size(smaller))})"
             break
-    n = largest(work.tokens, lambda n: fits(replace(work, tokens=n)))
+    n = largest(work.tokens, lambda n: fits(_shorter(work, n)))
     if 1 < n < work.tokens:
         yield f"{n} tokens"
+
+
+def _shorter(work: Workload, n_tokens: int) -> Workload:
+    """The work on fewer tokens, of which the first has no label."""
+    labels = work.n_labels
+    labels = None if labels is None else max(1, min(labels, n_tokens - 1))
+    return replace(work, tokens=n_tokens, n_labels=labels)
 
 
 def _size(number: int) -> str:

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
 from ttt_fast import placement
-from ttt_fast.batch import IGNORE_INDEX, Batch
+from ttt_fast.batch import IGNORE_INDEX, Batch, text_config
 from ttt_fast.engines.head_kinds import Asked, FrozenHead
 from ttt_fast.engines.pieces import LinearPiece
 from ttt_fast.objective import next_tokens, reduce_rows, row_losses, token_scale
@@ -247,7 +247,8 @@ def output_head(model: nn.Module) -> nn.Linear | None:
 
 
 # What configurations have where logits are scaled, shifted or capped behind the head.
-_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_CAP = "final_logit_softcapping"
+_CHANGES = (_CAP, "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 def expects_no_logits(model: nn.Module) -> bool:
@@ -255,10 +256,14 @@ def expects_no_logits(model: nn.Module) -> bool:
 
     For predictions of memory; what happens, the first forward decides.
     """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     changed = any(getattr(config, name, None) is not None for name in _CHANGES)
     return not changed and output_head(model) is not None
+
+
+def caps_logits(model: nn.Module) -> bool:
+    """Whether a tanh behind the head keeps logits for its backward."""
+    return getattr(text_config(model), _CAP, None) is not None
 
 
 def _around(model: nn.Module, head: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,6 @@ from torch import nn
 
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.cost import (
-    Workload,
     deltas_at_once,
     dense_bytes,
     dense_ms,
@@ -24,7 +23,7 @@ from ttt_fast.engines.cost import (
     factored_ms,
 )
 from ttt_fast.engines.factorable import unsupported
-from ttt_fast.engines.head import expects_no_logits
+from ttt_fast.engines.head import caps_logits, expects_no_logits
 from ttt_fast.engines.machine import Machine
 from ttt_fast.engines.shapes import (
     attention_width,
@@ -33,6 +32,7 @@ from ttt_fast.engines.shapes import (
     kv_width,
     layers_of,
 )
+from ttt_fast.engines.work import Workload
 from ttt_fast.scope import Selection
 from ttt_fast.span_cache import attends_apart
 
@@ -78,6 +78,7 @@ def workload(
         rounding=config.rounding,
         vocabulary=head.weight.shape[0] if hasattr(head, "weight") else 0,
         loss_in_head=not stock and expects_no_logits(model),
+        capped=caps_logits(model),
         attention_width=attention_width(model),
         hidden_width=hidden_width(model),
         kv_width=kv_width(model),
@@ -100,9 +101,9 @@ def on_prompts(work: Workload, config: TTTConfig, n_tokens: int, n_rows: int = 1
         n_rows: how many prompts these are.
     """
     if config.kv == "exact":
-        return replace(work, tokens=n_tokens)
+        return replace(work, tokens=n_tokens, n_rows=n_rows)
     tokens = n_rows * config.tokens_of_step(-(-n_tokens // n_rows))
-    return replace(work, tokens=tokens, context=n_tokens)
+    return replace(work, tokens=tokens, n_rows=n_rows, context=n_tokens)
 
 
 def obstacle(model: nn.Module, selections: Sequence[Selection], config: TTTConfig) -> str | None:

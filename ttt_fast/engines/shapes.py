@@ -6,14 +6,15 @@ Weights are not looked at, so a model on the meta device will do; it is read as 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ttt_fast.engines.cost import Layer
+from ttt_fast.batch import text_config
 from ttt_fast.engines.pieces import glu_of, rms_norm_of
+from ttt_fast.engines.work import Layer
 from ttt_fast.scope import Selection, decoder_layers
 
 # Siblings that read the same tensor, so that it is recorded once.
@@ -27,11 +28,19 @@ _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 # Of an MLP, what its activation reads, and what reads it.
 _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h")
 _MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+# Of these, one projection gives queries, keys and values, and the first two are turned: copies,
+# while the values are a part of all three.
+_TURNED_OF_ONE = ("GPTNeoXAttention", "Phi3Attention")
+# Our norm of their queries leaves heads before tokens, so that the output projection reads a copy.
+_HEADS_FIRST = ("Gemma3Attention",)
+# Written out, its softmax is in the dtype of the scores; that of all others in float32.
+_NARROW_SOFTMAX = ("GPT2Attention",)
 # Modules are registered in the order in which they run, but for these.
 _RUNS = {
     "input_layernorm": -2, "self_attn_layer_norm": -2, "self_attn": -1, "attention": -1,
     "post_attention_layernorm": 0, "pre_feedforward_layernorm": 1, "mlp": 2,
     "post_feedforward_layernorm": 3, "q_norm": 1, "k_norm": 1, "o_proj": 2, "out_proj": 2,
+    "final_layer_norm": 1, "fc1": 2, "fc2": 3,
 }  # fmt: skip
 
 
@@ -72,7 +81,7 @@ def layers_of(
 
 def attention_width(model: nn.Module) -> int:
     """Return heads · head_dim of all layers, 0 where the configuration does not say."""
-    config, heads = _text_config(model), _heads(model)
+    config, heads = text_config(model), _heads(model)
     hidden = getattr(config, "hidden_size", 0)
     if not (isinstance(hidden, int) and heads and hidden):
         return 0
@@ -82,13 +91,13 @@ def attention_width(model: nn.Module) -> int:
 
 def kv_width(model: nn.Module) -> int:
     """Return the keys and values of a token in all layers, 0 where it is not said."""
-    heads = getattr(_text_config(model), "num_key_value_heads", None) or _heads(model)
+    heads = getattr(text_config(model), "num_key_value_heads", None) or _heads(model)
     return 2 * attention_width(model) * heads // max(1, _heads(model))
 
 
 def hidden_width(model: nn.Module) -> int:
     """Return the width of the hidden states between decoder layers, 0 where it is not said."""
-    hidden = getattr(_text_config(model), "hidden_size", 0)
+    hidden = getattr(text_config(model), "hidden_size", 0)
     return hidden if isinstance(hidden, int) else 0
 
 
@@ -109,13 +118,8 @@ def crossed_blocks(model: nn.Module, selected: Container[int]) -> int:
     return len(blocks) - trained.index(True) if True in trained else 0
 
 
-def _text_config(model: nn.Module) -> object:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _heads(model: nn.Module) -> int:
-    heads = getattr(_text_config(model), "num_attention_heads", 0)
+    heads = getattr(text_config(model), "num_attention_heads", 0)
     return heads if isinstance(heads, int) else 0
 
 
@@ -150,16 +154,16 @@ def _layer(module: nn.Module, param: nn.Parameter, selected: int, started: bool)
 class _Keeping:
     """What autograd keeps for each token where the gradient crosses a module.
 
-    To the number for norms, attention and MLPs that are built as Llama's are; of modules with other
-    names, as many numbers are expected as go in and come out.
+    To the number for norms, attention and MLPs of the families in README's table, with what stands
+    in for them; of modules with other names, as many numbers are expected as go in and come out.
     """
 
     def __init__(self, model: nn.Module, backend: str, stock: bool) -> None:
         self._backend, self._stock = backend, stock
-        config = _text_config(model)
+        self._config = text_config(model)
         self._heads = _heads(model)
-        self._eager = getattr(config, "_attn_implementation", None) == "eager"
-        self._experts = getattr(config, "num_experts_per_tok", None) or 1
+        self._implementation = getattr(self._config, "_attn_implementation", None)
+        self._experts = getattr(self._config, "num_experts_per_tok", None) or 1
         has_head = hasattr(model, "get_output_embeddings")
         self._head = model.get_output_embeddings() if has_head else None
 
@@ -179,9 +183,13 @@ class _Keeping:
             return layer
         if leaf in _MLP_OUTPUTS:
             return self._mlp(layer, leaf, parent)
-        shape = next(module.parameters(recurse=False)).shape
-        kept = self._experts * sum(shape[1:]) if len(shape) > 2 else layer.in_ + layer.out
-        return replace(layer, saved=kept, keeps_input=True)
+        shape = module._parameters[attribute].shape
+        if len(shape) > 2:
+            return self._of_experts(layer, attribute, shape[1:])
+        if type(module).__name__.endswith("Router"):
+            # All probabilities in float32, and of the best their numbers, of 8 bytes, and sum.
+            return replace(layer, statistics=shape[0] + 3 * self._experts + 1)
+        return replace(layer, saved=layer.in_ + layer.out, keeps_input=True)
 
     def _norm(self, layer: Layer, leaf: str, module: nn.Module, parent: nn.Module) -> Layer:
         if "norm" not in type(module).__name__.lower():
@@ -191,7 +199,11 @@ class _Keeping:
         width = layer.out if projection is None else projection.weight.shape[0]
         rows = width // layer.out
         if isinstance(module, nn.LayerNorm):
-            return replace(layer, saved=width, statistics=2 * rows)
+            # Where attention and MLP are side by side, both their norms read the same tensor.
+            again = leaf == "post_attention_layernorm"
+            again = again and getattr(parent, "use_parallel_residual", False)
+            kept = 0 if again else width
+            return replace(layer, saved=kept, statistics=2 * rows, normalised=width)
         if not self._stock and rms_norm_of(module, self._backend) is not None:
             return replace(layer, saved=width, statistics=rows)
         wide = max(1, 4 // module.weight.itemsize)
@@ -200,15 +212,43 @@ class _Keeping:
 
     def _attention(self, layer: Layer, parent: nn.Module) -> Layer:
         """Query, key, value and result; written-out attention has keys and values of each head."""
-        if self._eager:
-            return replace(layer, saved=3 * layer.in_, pairs=self._heads)
+        kind, groups = type(parent).__name__, getattr(parent, "num_key_value_groups", 1)
+        of_one = kind in _TURNED_OF_ONE
+        if self._implementation == "eager":
+            # Values of each head are a copy, but where they have as many heads as the queries.
+            whole = 2 * layer.in_ if of_one and groups == 1 else 0
+            capped = getattr(self._config, "attn_logit_softcapping", None) is not None
+            return replace(
+                layer,
+                saved=3 * layer.in_ + whole,
+                pairs=self._heads * (1 + capped),
+                wide_pairs=0 if kind in _NARROW_SOFTMAX else self._heads,
+            )
         projections = [
             child.weight.numel() // child.weight.shape[type(child).forward is not Conv1D.forward]
             for name, child in parent.named_children()
             if name not in _ATTENTION_OUTPUTS and name.find("norm") < 0 and hasattr(child, "weight")
         ]
         saved = sum(projections) + layer.in_
-        return replace(layer, saved=saved, statistics=self._heads, keeps_input=True)
+        if of_one:
+            saved += layer.in_ + layer.in_ // groups
+        copied = kind in _HEADS_FIRST and not self._stock
+        layer = replace(layer, saved=saved, statistics=self._heads, keeps_input=not copied)
+        if self._implementation != "sdpa":
+            return layer
+        # With a mask, keys and values are copied for each head of the queries.
+        return replace(
+            layer,
+            window=self._window(parent),
+            mask_pairs=1,
+            masked=4 * layer.in_ - saved if groups > 1 else 0,
+        )
+
+    def _window(self, attention: nn.Module) -> int:
+        """How far an attention looks back; 0 for all the way."""
+        whole = getattr(self._config, "sliding_window", None)
+        window = getattr(attention, "sliding_window", whole)
+        return window if isinstance(window, int) else 0
 
     def _mlp(self, layer: Layer, leaf: str, parent: nn.Module) -> Layer:
         """What the activation keeps: of a gated one gate and up, and by the own code act(gate)."""
@@ -219,3 +259,15 @@ class _Keeping:
         # GPT-2's is written out in four elementwise operations; ReLU keeps what it gives.
         kept = 4 if "NewGELUActivation" in kinds else 1
         return replace(layer, saved=kept * layer.in_, keeps_input="ReLU" in kinds)
+
+    def _of_experts(self, layer: Layer, attribute: str, shape: Sequence[int]) -> Layer:
+        """What the experts of each token keep, of weights of this shape; each gets a copy of it."""
+        kept, statistics = sum(shape), 0
+        if attribute == "gate_up_proj":
+            # Gate, up and act(gate); the number of the token, of 8 bytes twice, and a weight.
+            kept, statistics = shape[0] + shape[0] // 2, 5
+        elif attribute == "down_proj":
+            kept = 2 * shape[0]  # before and after the weight
+        kept += shape[-1] if layer.adapted_out else 0
+        each = self._experts
+        return replace(layer, saved=each * kept, statistics=each * statistics, keeps_input=True)

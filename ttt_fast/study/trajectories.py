@@ -66,7 +66,7 @@ class State:
 class SideBySide(TTTTrainer):
     """A trainer that adapts prompts with settings of their own together."""
 
-    def begin_pairs(self, configs: Sequence[TTTConfig], n_tokens: int) -> Session:
+    def begin_pairs(self, configs: Sequence[TTTConfig], n_tokens: int, **found: Any) -> Session:
         """Begin with a delta for each of the settings.
 
         One that diverges keeps its last finite weights and is marked; the others go on.
@@ -75,10 +75,11 @@ class SideBySide(TTTTrainer):
             configs: they may differ in lr, momentum, weight decay and clip; in the dense engine
                 there is one, the trainer's own.
             n_tokens: tokens that a delta sees in a step.
+            **found: what else of the prompts :meth:`plan` takes.
         """
-        choice = self.plan(len(configs), n_tokens, self.config.engine)
+        choice = self.plan(len(configs), n_tokens, self.config.engine, **found)
         own = {"configs": list(configs)} if choice.engine == "factored" else {}
-        return self._begin(choice, len(configs), n_tokens, keep_diverged=True, **own)
+        return self._begin(choice, len(configs), n_tokens, keep_diverged=True, **found, **own)
 
     def adapt_pairs(
         self,
@@ -97,7 +98,7 @@ class SideBySide(TTTTrainer):
         """
         batch = prompt_batch(self.model, self.tokenizer, list(prompts), deltas="independent")
         require_free(self.model)
-        begin = partial(self.begin_pairs, configs, batch.input_ids.shape[1])
+        begin = partial(self.begin_pairs, configs, batch.input_ids.shape[1], **self._found(batch))
         return self._adapt(begin, batch, on_step, None, False)
 
 
