@@ -580,6 +580,9 @@ def test_objectives_hooks_and_budgets_are_not_recorded():
     model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
     assert "forwards of their own" in trainer._graph_obstacle(watched=False)
     del model.model.layers[0].mlp.forward
+    model.model.layers[0].compile(backend="eager")
+    assert "under torch.compile" in trainer._graph_obstacle(watched=False)
+    model.model.layers[0]._compiled_call_impl = None
     trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options))
     assert "memory_budget" in trainer._graph_obstacle(watched=False)
     trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options | {"cuda_graph": True}))

@@ -31,6 +31,7 @@ from ttt_fast import ops
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.placement import places
+from ttt_fast.scope import is_compiled
 from ttt_fast.session import LoopState, Session
 
 Parts = Sequence[tuple[tuple[int, ...], Batch]]
@@ -319,7 +320,7 @@ def obstacle(model: nn.Module, config: TTTConfig, own_objective: bool, watched: 
         "rounding='torch' runs torch's own update, which looks at found_inf": (
             config.rounding == "torch"
         ),
-        "a model under torch.compile decides itself what is recorded": hasattr(model, "_orig_mod"),
+        "a model under torch.compile decides itself what is recorded": is_compiled(model),
         "a replay would not run the hooks, or forwards of their own, that modules have": (
             _has_any_global_hook() or any(map(_is_watched, model.modules()))
         ),

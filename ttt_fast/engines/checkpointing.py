@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ttt_fast.batch import Batch
-from ttt_fast.scope import decoder_layers
+from ttt_fast.scope import decoder_layers, is_compiled
 from ttt_fast.span_cache import SpanCache
 
 
@@ -41,7 +41,7 @@ class Checkpointing:
         dropout: bool,
         recomputing: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._layers = [] if hasattr(model, "_orig_mod") else decoder_layers(model)
+        self._layers = [] if is_compiled(model) else decoder_layers(model)
         if not self._layers:
             raise ValueError(
                 f"checkpointing=True: {type(model).__name__} has no stack of decoder layers to"

@@ -40,7 +40,7 @@ from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
 from ttt_fast.placement import Placement
 from ttt_fast.reference import compute_dtype
-from ttt_fast.scope import Selection
+from ttt_fast.scope import Selection, is_compiled
 from ttt_fast.sgd import Coefficients, clip_coefficient
 
 Site = LinearSite | EmbeddingSite | NormSite
@@ -519,7 +519,7 @@ def _is_norm(module: nn.Module) -> bool:
 def unsupported(model: nn.Module, selections: Sequence[Selection]) -> list[str]:
     """Why parameters cannot be factored, a phrase each; empty if all can."""
     reasons = []
-    if hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         reasons.append("a model under torch.compile: its graph does not see the modules change")
     for name, module, own in owning_modules(model, {id(s.param): s for s in selections}):
         for selection in own.values():
