@@ -233,14 +233,6 @@ class TTTTrainer:
             ValueError: bad input, or ``memory_budget`` is too small; says what would fit. Nothing
                 has changed, as after every other exception.
         """
-        given = {"labels": labels, "token_weights": token_weights, "position_ids": position_ids}
-        unused = [name for name, value in given.items() if value is not None]
-        if self.config.kv == "frozen" and unused:
-            raise ValueError(
-                f"adapt: got {', '.join(unused)}, but kv='frozen' draws spans anywhere in a prompt"
-                " and predicts all their tokens. Step on spans of your own (Session.prefill), or"
-                f" drop {', '.join(unused)}."
-            )
         batch = self._batch(
             prompt, labels, attention_mask, position_ids, token_weights, row_weights, deltas
         )
@@ -516,6 +508,13 @@ class TTTTrainer:
         given = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
                  "token_weights": token_weights}  # fmt: skip
         given = {k: extra.get(k) if v is None else v for k, v in given.items()}
+        unused = [k for k, v in given.items() if v is not None and k != "attention_mask"]
+        if self.config.kv == "frozen" and unused:
+            raise ValueError(
+                f"adapt: got {', '.join(unused)}, but kv='frozen' draws spans anywhere in a prompt"
+                " and predicts all their tokens. Step on spans of your own (Session.prefill), or"
+                f" drop {', '.join(unused)}."
+            )
         for name, tensor in given.items():
             if tensor is not None and ragged:
                 raise ValueError(
