@@ -1,6 +1,7 @@
 """What the trainer takes, and what can be done with an adaptation."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -388,6 +389,14 @@ def test_on_step_and_stop():
 def test_the_bar_shows_steps_and_loss(capsys):
     with trainer_of(tiny_model("llama"), steps=4).adapt(IDS, progress=True):
         assert "loss=" in capsys.readouterr().err
+
+
+def test_its_settings_stay():
+    """Engines were made for them: others would have the number of steps, and not the step size."""
+    trainer = TTTTrainer(tiny_model("llama"), TTTConfig(steps=3))
+    with pytest.raises(AttributeError, match="settings cannot be replaced.*Make another"):
+        trainer.config = replace(trainer.config, steps=4, lr=0.1)
+    assert trainer.config == TTTConfig(steps=3)
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a layer"])

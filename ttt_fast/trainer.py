@@ -59,7 +59,7 @@ class TTTTrainer:
         objective: Objective | None = None,
     ) -> None:
         self.model = model
-        self.config = TTTConfig() if config is None else config
+        self._config = TTTConfig() if config is None else config
         self.tokenizer = tokenizer
         self._own_objective = objective is not None
         self.objective = objective or partial(
@@ -78,6 +78,19 @@ class TTTTrainer:
         self._engines: dict[str, DenseEngine | FactoredEngine] = {}
         self._graphs: dict[str, LoopGraphs] = {}
         self._work: Workload | None = None
+
+    @property
+    def config(self) -> TTTConfig:
+        """The settings, for which scope, engines and buffers were made: they stay."""
+        return self._config
+
+    @config.setter
+    def config(self, config: TTTConfig) -> None:
+        raise AttributeError(
+            "TTTTrainer: its settings cannot be replaced, since scope, engines and buffers were"
+            " made for them. Make another: TTTTrainer(model, dataclasses.replace(trainer.config,"
+            " lr=...)); any number may have the same model."
+        )
 
     def begin(self, n_deltas: int = 1, n_tokens: int | None = None) -> Session:
         """Start a session: every delta at zero.
