@@ -32,7 +32,7 @@ from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.placement import places
 from ttt_fast.scope import is_compiled
-from ttt_fast.session import LoopState, Session
+from ttt_fast.session import LoopState, Session, uninterrupted
 
 Parts = Sequence[tuple[tuple[int, ...], Batch]]
 
@@ -214,7 +214,14 @@ class LoopGraphs:
         before = _places(session)
         graph = RECORDERS[device.type](device)
         try:
-            with session.phases("record"), _positions_known(device), graph.recording():
+            # Ctrl-C waits for the end: between two lines of what surrounds a recording it would
+            # leave transformers, or the device, as they are meanwhile.
+            with (
+                uninterrupted(),
+                session.phases("record"),
+                _positions_known(device),
+                graph.recording(),
+            ):
                 state = session.record(own)
         except Exception as error:
             session.restart()
@@ -418,8 +425,8 @@ def _positions_known(device: torch.device) -> Iterator[None]:
     if own is None or own(torch.arange(2, device=device)[None]) is not None:
         yield
         return
-    setattr(masking_utils, name, lambda position_ids: None)
     try:
+        setattr(masking_utils, name, lambda position_ids: None)
         yield
     finally:
         setattr(masking_utils, name, own)
