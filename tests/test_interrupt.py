@@ -18,7 +18,7 @@ from tests.untouched import (
     trainer_of,
     unchanged,
 )
-from ttt_fast.session import uninterrupted
+from ttt_fast.interrupt import uninterrupted
 
 PROMPTS = [prompt_ids(n, seed=n)[0] for n in (6, 3, 8)]
 

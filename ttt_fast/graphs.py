@@ -30,9 +30,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from ttt_fast import ops
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
+from ttt_fast.interrupt import uninterrupted
 from ttt_fast.placement import places
 from ttt_fast.scope import is_compiled
-from ttt_fast.session import LoopState, Session, uninterrupted
+from ttt_fast.session import LoopState, Session
 
 Parts = Sequence[tuple[tuple[int, ...], Batch]]
 
