@@ -144,6 +144,20 @@ def test_a_layer_that_somebody_watches_is_seen_once_a_step(engine):
 
 
 @ENGINES
+def test_who_watches_every_module_sees_each_once_a_step(engine):
+    model, seen = tiny_model("llama"), []
+    inside = decoder_layers(model)[1].mlp
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(1) if module is inside else None
+    )
+    try:
+        trainer_of(model, engine).adapt(prompt_ids(9)).restore()
+    finally:
+        handle.remove()
+    assert len(seen) == STEPS
+
+
+@ENGINES
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_after_an_error_everything_is_given_back(engine, where):
     model, calls = tiny_model("llama"), []

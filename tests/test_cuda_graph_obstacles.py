@@ -3,10 +3,12 @@
 On the CPU, with :mod:`tests.emulated_graph` in the place of a CUDA graph.
 """
 
+import signal
 import warnings
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from tests.emulated_graph import EmulatedGraph, emulate
 from tests.graph_cases import (
@@ -68,6 +70,30 @@ def test_recording_that_fails(engine, fault, monkeypatch):
         demanding.adapt(prompts(0)).restore()
         with pytest.raises(RuntimeError, match="cuda_graph=True: recording failed"):
             demanding.adapt(prompts(1))
+
+
+@engines
+def test_ctrl_c_waits_for_the_end_of_the_recording(engine, monkeypatch):
+    """Nothing of what surrounds a recording is left half done."""
+    trainer, reduced = trainer_of(small_model(), engine), []
+    reduce_rows, own = head.reduce_rows, masking_utils.find_packed_sequence_indices
+
+    def interrupted(*args):
+        reduced.append(masking_utils.find_packed_sequence_indices is own)
+        if len(reduced) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return reduce_rows(*args)
+
+    trainer.adapt(prompts(0)).restore()
+    monkeypatch.setattr(head, "reduce_rows", interrupted)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with unchanged(trainer.model), pytest.raises(KeyboardInterrupt):
+            trainer.adapt(prompts(1))
+    finally:
+        signal.signal(signal.SIGINT, found)
+    assert len(reduced) == OPTIONS["steps"]
+    assert masking_utils.find_packed_sequence_indices is own
 
 
 @engines
@@ -151,6 +177,9 @@ def test_objectives_hooks_and_budgets_are_not_recorded():
     model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
     assert "forwards of their own" in trainer._graph_obstacle(watched=False)
     del model.model.layers[0].mlp.forward
+    model.model.layers[0].compile(backend="eager")
+    assert "under torch.compile" in trainer._graph_obstacle(watched=False)
+    model.model.layers[0]._compiled_call_impl = None
     trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options))
     assert "memory_budget" in trainer._graph_obstacle(watched=False)
     trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options | {"cuda_graph": True}))

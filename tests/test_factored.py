@@ -139,6 +139,17 @@ def test_query_rows_of_a_fused_projection(family, n_prompts):
                 assert_same_deltas(shown(model), shown(other), base)
 
 
+@pytest.mark.parametrize("family", FUSED_QUERY)
+def test_query_rows_before_the_first_step(family):
+    """There are no factors yet, and their width is not the projection's."""
+    model, ids = fp64(family), prompt_ids()
+    expected = pytest.approx(row_loss(model, ids[0]).item(), rel=1e-12)
+    with trainer_of(model, scope="query").begin() as session:
+        assert session.loss(Batch(ids)).item() == expected
+    with trainer_of(model, scope="query", steps=0).adapt(ids) as adapted:
+        assert adapted.loss().item() == expected
+
+
 def test_param_groups():
     """No decay on norms, another lr on a layer's FFN; one norm and one clip over all of them."""
     model, ids = fp64("qwen3"), prompt_ids()

@@ -89,6 +89,10 @@ def test_arguments_that_cannot_go_on_are_refused(engine):
         with pytest.raises(ValueError, match="got max_new_tokens, num_beams; with kv='frozen'"):
             adapted.generate(num_beams=2, max_new_tokens=3)
         adapted.generate(CONTEXT, num_beams=2, max_new_tokens=3)
+        model.generation_config.num_beams = 2
+        with pytest.raises(ValueError, match="nor the model's own may ask for beams"):
+            adapted.generate(**GREEDY)
+        model.generation_config.num_beams = None
         output = adapted.generate(**GREEDY, return_dict_in_generate=True, output_scores=True)
         assert torch.equal(output.sequences, adapted.generate(**GREEDY))
 

@@ -366,9 +366,28 @@ def test_spans_that_do_not_fit():
             frozen.spans([(0, 5)], rows=[1])
 
 
-def test_labels_cannot_be_drawn():
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        lambda trainer: trainer.adapt(CONTEXT, labels=CONTEXT),
+        lambda trainer: trainer.adapt({"input_ids": CONTEXT, "labels": CONTEXT}),
+        lambda trainer: trainer.adapt_grid(CONTEXT, lr=[0.1, 0.2], labels=CONTEXT),
+    ],
+    ids=["given", "with the ids", "of a grid"],
+)
+def test_labels_cannot_be_drawn(adapt):
     with pytest.raises(ValueError, match="got labels, but kv='frozen' draws spans anywhere"):
-        trainer_of(fp64()).adapt(CONTEXT, labels=CONTEXT)
+        adapt(trainer_of(fp64()))
+
+
+def test_no_spans_at_all():
+    with trainer_of(fp64()).begin() as steps:
+        frozen = steps.prefill(Batch(CONTEXT))
+        for ends, rows in (([], None), ([(0, 5), (3, 8)], [0])):
+            with pytest.raises(ValueError, match="spans: got . spans and . rows; give at least"):
+                frozen.spans(ends, rows)
+        with pytest.raises(ValueError, match=r"deltas \[1\] have no context; there are .* \[0\]"):
+            frozen.drawn(steps.config, 0, [1])
 
 
 def test_a_model_without_a_cache_is_refused():

@@ -2,6 +2,7 @@
 
 import functools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,6 +381,34 @@ def test_an_objective_of_the_users_sees_logits():
     _, head = run(fp64("llama"), batch_of("plain"), objective, engine="dense")
     assert head.plain is None
     assert all(logits.device.type == "cpu" and logits.shape == (2, T, 101) for logits in seen)
+
+
+class Wrapper(nn.Module):
+    """Has a model's head, but not among its modules."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.config = model.model, model.config
+        object.__setattr__(self, "head", model.lm_head)
+
+    def get_input_embeddings(self):
+        return self.body.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        hidden = self.body(input_ids, attention_mask, position_ids, use_cache=False)[0]
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+@ENGINES
+def test_a_head_outside_the_model_is_left_alone(engine):
+    model, options = fp64("llama"), dict(engine=engine, scope="ffn")
+    expected, _ = run(model, batch_of("padded"), **options)
+    ours, head = run(Wrapper(model), batch_of("padded"), **options)
+    assert head.plain is None
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
 
 
 def test_stock_torchs_bits_are_those_behind_logits():

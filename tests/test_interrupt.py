@@ -18,6 +18,7 @@ from tests.untouched import (
     trainer_of,
     unchanged,
 )
+from ttt_fast.interrupt import uninterrupted
 
 PROMPTS = [prompt_ids(n, seed=n)[0] for n in (6, 3, 8)]
 
@@ -181,6 +182,21 @@ def test_ctrl_c_between_the_lines(monkeypatch, engine):
             trainer.adapt(IDS)
         monkeypatch.undo()
         assert_adapts(model, engine)
+
+
+@engines
+def test_ctrl_c_before_the_end_of_the_block_holds_it_back(monkeypatch, engine):
+    model, enter = lived_in("llama"), uninterrupted.__enter__
+
+    def interrupted(self):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        with trainer_of(model, engine=engine).adapt(IDS):
+            monkeypatch.setattr(uninterrupted, "__enter__", interrupted)
+    assert uninterrupted.__enter__ is enter
+    assert_adapts(model, engine)
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])

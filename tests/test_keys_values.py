@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.families import FAMILIES, tiny_model
 from tests.loops import prompt_ids
@@ -97,6 +98,28 @@ def test_earlier_steps_go_on_from_the_same():
         adapted.attach()
         assert torch.equal(adapted.generate(**GREEDY), answers[3])
         assert adapted.reused_keys_values is False
+
+
+@ENGINES
+def test_what_given_settings_leave_open_is_the_models_own(engine):
+    """Beams, here: more rows than there are in what was kept."""
+    model = tiny_model("llama", attn_implementation="sdpa")
+    model.generation_config.num_beams = 3
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with adapt(model, engine, scope="head") as adapted:
+        expected = adapted.generate(prompt_ids(9, seed=9), generation_config=settings)
+        for _ in range(2):
+            assert torch.equal(adapted.generate(generation_config=settings), expected)
+            assert adapted.reused_keys_values is False
+
+
+def test_the_cache_that_gemmas_own_settings_name_is_the_usual_one():
+    model = tiny_model("gemma3", attn_implementation="sdpa")
+    model.generation_config.cache_implementation = "hybrid"
+    with adapt(model, "factored", scope=["model.norm"]) as adapted:
+        first = adapted.generate(**GREEDY)
+        assert torch.equal(adapted.generate(**GREEDY), first)
+        assert adapted.reused_keys_values is True
 
 
 @pytest.mark.parametrize("family", FAMILIES)

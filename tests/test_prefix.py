@@ -1,5 +1,6 @@
 """Layers that nothing adapted reaches are computed once for a batch, and nothing else changes."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +140,17 @@ def test_rows_that_were_written_to_are_other_rows(engine):
     assert torch.equal(*losses)
 
 
+def test_nothing_is_kept_when_the_session_is_over():
+    session = TTTTrainer(tiny_model("llama"), TTTConfig(layers="-1:")).begin()
+    parts = parts_of(session, Batch(prompt_ids(7)))  # its owner may go on having them
+    session.step_parts(parts)
+    (kept,) = session._prefix._kept.values()
+    hidden = weakref.ref(kept.hidden)
+    del kept
+    with session.end():
+        assert hidden() is None
+
+
 @ENGINES
 @pytest.mark.parametrize("where", ["layer", "inside"])
 def test_a_layer_that_somebody_watches_runs_every_time(engine, where):
@@ -163,6 +175,65 @@ def test_whoever_begins_to_watch_later_sees_every_step_from_then_on(engine):
     config = TTTConfig(lr=1e-2, steps=STEPS, engine=engine, layers="-1:")
     TTTTrainer(model, config).adapt(prompt_ids(7), on_step=watch).restore()
     assert len(seen) == STEPS - 2
+
+
+@ENGINES
+def test_who_watches_every_module_sees_every_step(engine):
+    model, seen = tiny_model("llama"), []
+    inside = model.model.layers[0].mlp
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(1) if module is inside else None
+    )
+    try:
+        run(model, engine, prompt_ids(7), layers="-1:")
+    finally:
+        handle.remove()
+    assert len(seen) == STEPS + 1
+
+
+class Adding(nn.Module):
+    """A layer that adds to what it is given, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.proj, self.in_place = nn.Linear(8, 8), in_place
+
+    def forward(self, hidden):
+        more = self.proj(2 * hidden)
+        return hidden.add_(more) if self.in_place else hidden + more
+
+
+class Stack(nn.Module):
+    """A language model whose last layer may write into what the one below gave."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(101, 8)
+        self.layers = nn.ModuleList(Adding(in_place and i == 2) for i in range(3))
+        self.head = nn.Linear(8, 101)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, use_cache=None):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+@ENGINES
+def test_a_layer_that_writes_into_what_the_last_frozen_one_gave(engine):
+    losses = []
+    for in_place in (False, True):
+        trainer = TTTTrainer(
+            Stack(in_place),
+            TTTConfig(lr=1e-1, steps=STEPS, engine=engine, scope=["layers.2.proj.weight"]),
+        )
+        with trainer.adapt(prompt_ids(7)) as adapted:
+            losses.append(adapted.losses)
+    assert torch.equal(*losses)
 
 
 class Collecting(nn.Module):
@@ -203,6 +274,24 @@ def test_hidden_states_of_each_layer_are_those_of_the_layer(engine, kind):
     config = TTTConfig(lr=1e-2, steps=STEPS, engine=engine, **options)
     TTTTrainer(model, config, objective=objective).adapt(prompt_ids(7)).restore()
     assert len(seen) == STEPS and all(torch.equal(seen[0], each) for each in seen)
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "attentions"), ("qwen2_moe", "router_logits")]
+)
+def test_what_else_layers_show_is_there_at_every_step(engine, family, name):
+    model, seen = tiny_model(family), []
+    setattr(model.config, f"output_{name}", True)
+
+    def objective(outputs, batch):
+        seen.append([each.detach().clone() for each in getattr(outputs, name)])
+        return negative_log_likelihood(outputs, batch)
+
+    config = TTTConfig(lr=1e-2, steps=STEPS, engine=engine, scope="query", layers="-1:")
+    TTTTrainer(model, config, objective=objective).adapt(prompt_ids(7)).restore()
+    assert [len(each) for each in seen] == [3] * STEPS
+    assert all(torch.equal(seen[0][0], each[0]) for each in seen)
 
 
 @ENGINES

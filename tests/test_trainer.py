@@ -1,6 +1,7 @@
 """What the trainer takes, and what can be done with an adaptation."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import BatchEncoding
 from tests.families import FAMILIES, tiny_model
 from tests.loops import distance, prompt_ids, row_loss, sgd_loop, twin, weights
 from tests.tolerances import assert_no_worse
+from tests.untouched import unchanged
 from ttt_fast import Batch, TTTConfig, TTTTrainer, negative_log_likelihood, ops
 
 OPTIONS = dict(steps=3, lr=2e-2, weight_decay=0.01, max_grad_norm=1.0)
@@ -387,6 +389,41 @@ def test_on_step_and_stop():
 def test_the_bar_shows_steps_and_loss(capsys):
     with trainer_of(tiny_model("llama"), steps=4).adapt(IDS, progress=True):
         assert "loss=" in capsys.readouterr().err
+
+
+def test_its_settings_stay():
+    """Engines were made for them: others would have the number of steps, and not the step size."""
+    trainer = TTTTrainer(tiny_model("llama"), TTTConfig(steps=3))
+    with pytest.raises(AttributeError, match="settings cannot be replaced.*Make another"):
+        trainer.config = replace(trainer.config, steps=4, lr=0.1)
+    assert trainer.config == TTTConfig(steps=3)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a layer"])
+def test_a_model_under_torch_compile(how):
+    """None of our operations is in its graph; the dense engine does the rest."""
+    model, ids, made = tiny_model("llama", num_hidden_layers=2), prompt_ids(9), []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    options = dict(steps=3, lr=0.1, layers="-1:")
+    with TTTTrainer(model, TTTConfig(engine="dense", **options)).adapt(ids) as adapted:
+        losses, after = adapted.losses, adapted.loss()
+    torch._dynamo.reset()
+    compiled = model
+    if how == "wrapped":
+        compiled = torch.compile(model, backend=backend)
+    else:
+        (model if how == "in place" else model.model.layers[0]).compile(backend=backend)
+    with unchanged(model):
+        with TTTTrainer(compiled, TTTConfig(**options)).adapt(ids) as adapted:
+            torch.testing.assert_close(adapted.losses, losses, rtol=1e-5, atol=0)
+            torch.testing.assert_close(adapted.loss(), after, rtol=1e-5, atol=0)
+    assert made
+    with pytest.raises(ValueError, match="under torch.compile.*Use engine='dense'"):
+        TTTTrainer(compiled, TTTConfig(engine="factored", **options)).adapt(ids)
 
 
 def test_no_steps():

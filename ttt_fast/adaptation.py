@@ -310,7 +310,11 @@ class Adaptation:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore()
+        try:
+            self.restore()
+        except KeyboardInterrupt:
+            self.restore()  # it may have come before restore() held it back
+            raise
 
     # ------------------------------------------------------------------ what happened
 

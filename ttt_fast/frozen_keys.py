@@ -68,9 +68,14 @@ class FrozenKeys:
             rows: the context of each span; default the first for all.
 
         Raises:
-            ValueError: a span that is not inside its context or has nothing to predict.
+            ValueError: no span, or one that is not inside its context or has nothing to predict.
         """
         rows = [0] * len(ends) if rows is None else list(rows)
+        if not ends or len(rows) != len(ends):
+            raise ValueError(
+                f"spans: got {len(ends)} spans and {len(rows)} rows; give at least one span, and"
+                " for each the number of its context."
+            )
         for (start, stop), row in zip(ends, rows, strict=True):
             if not 0 <= row < len(self.ids):
                 raise ValueError(f"spans: there is no context {row}, but {len(self.ids)} from 0.")
@@ -108,9 +113,17 @@ class FrozenKeys:
             config: settings; the seed, too.
             step: number of the step, from 0.
             deltas: whose contexts; default all.
+
+        Raises:
+            ValueError: none of these deltas has a context.
         """
         wanted = set(self.delta_index if deltas is None else deltas)
         rows = [n for n, delta in enumerate(self.delta_index) if delta in wanted]
+        if not rows:
+            raise ValueError(
+                f"drawn: deltas {sorted(wanted)} have no context; there are contexts of"
+                f" {sorted(set(self.delta_index))}."
+            )
         generator = torch.Generator().manual_seed(config.random_stream(0, step))
         places = torch.rand(config.spans, generator=generator, dtype=torch.float64).tolist()
         ends = []

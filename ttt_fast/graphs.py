@@ -30,7 +30,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ttt_fast import ops
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
+from ttt_fast.interrupt import uninterrupted
 from ttt_fast.placement import places
+from ttt_fast.scope import is_compiled
 from ttt_fast.session import LoopState, Session
 
 Parts = Sequence[tuple[tuple[int, ...], Batch]]
@@ -213,7 +215,14 @@ class LoopGraphs:
         before = _places(session)
         graph = RECORDERS[device.type](device)
         try:
-            with session.phases("record"), _positions_known(device), graph.recording():
+            # Ctrl-C waits for the end: between two lines of what surrounds a recording it would
+            # leave transformers, or the device, as they are meanwhile.
+            with (
+                uninterrupted(),
+                session.phases("record"),
+                _positions_known(device),
+                graph.recording(),
+            ):
                 state = session.record(own)
         except Exception as error:
             session.restart()
@@ -319,7 +328,7 @@ def obstacle(model: nn.Module, config: TTTConfig, own_objective: bool, watched: 
         "rounding='torch' runs torch's own update, which looks at found_inf": (
             config.rounding == "torch"
         ),
-        "a model under torch.compile decides itself what is recorded": hasattr(model, "_orig_mod"),
+        "a model under torch.compile decides itself what is recorded": is_compiled(model),
         "a replay would not run the hooks, or forwards of their own, that modules have": (
             _has_any_global_hook() or any(map(_is_watched, model.modules()))
         ),
@@ -417,8 +426,8 @@ def _positions_known(device: torch.device) -> Iterator[None]:
     if own is None or own(torch.arange(2, device=device)[None]) is not None:
         yield
         return
-    setattr(masking_utils, name, lambda position_ids: None)
     try:
+        setattr(masking_utils, name, lambda position_ids: None)
         yield
     finally:
         setattr(masking_utils, name, own)

@@ -59,13 +59,20 @@ def changed_by(model: nn.Module, selections: Sequence[Selection]) -> str | None:
 
 def takes_cache(model: nn.Module, options: dict[str, Any]) -> bool:
     """Whether ``generate`` with these arguments can go on from a cache of its rows."""
-    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    # What the given one leaves open is the model's own.
+    given, own = options.get("generation_config"), getattr(model, "generation_config", None)
+    # Of a model's own settings (Gemma's), transformers takes "hybrid" for the usual cache.
+    kind = getattr(own, "cache_implementation", None)
+    usual = kind in (None, "hybrid") and getattr(given, "cache_implementation", None) is None
+    return set(options) <= _PLAIN and usual and _is_plain(given) and _is_plain(own)
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether settings of ``generate``, None for none, ask for one row each and a cache."""
     one_each = all(
         (getattr(config, name, None) or 1) == 1 for name in ("num_beams", "num_return_sequences")
     )
-    usual = getattr(config, "use_cache", None) is not False
-    usual = usual and getattr(config, "cache_implementation", None) is None
-    return set(options) <= _PLAIN and one_each and usual
+    return one_each and getattr(config, "use_cache", None) is not False
 
 
 @torch.no_grad()
@@ -159,8 +166,9 @@ class KeptPrompts:
             raise ValueError(
                 f"generate: got {', '.join(sorted(options)) or 'no arguments'}; with kv='frozen' an"
                 " answer goes on from the prompt's keys and values, one row a prompt and one token"
-                f" a step, and may have {can}. Pass input_ids to have keys and values computed with"
-                " the adapted weights."
+                f" a step, and may have {can}; neither a generation_config nor the model's own may"
+                " ask for beams, several sequences, no cache or another kind. Pass input_ids to"
+                " have keys and values computed with the adapted weights."
             )
         self.reused = True
         rows = range(len(self.frozen.ids)) if key is None else [key]

@@ -25,6 +25,7 @@ def prompt_batch(
     token_weights: Tensor | None = None,
     row_weights: Tensor | None = None,
     deltas: str | None = None,
+    kv: str = "exact",
 ) -> Batch:
     """The complete batch of what :meth:`TTTTrainer.adapt` is given, checked before anything else.
 
@@ -38,6 +39,7 @@ def prompt_batch(
         token_weights: (N, T).
         row_weights: (N,).
         deltas: "independent" or "shared".
+        kv: the setting; with "frozen" ids and a mask are all that can be given.
 
     Raises:
         TypeError: no prompt.
@@ -62,6 +64,13 @@ def prompt_batch(
     given = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
              "token_weights": token_weights}  # fmt: skip
     given = {k: extra.get(k) if v is None else v for k, v in given.items()}
+    unused = [k for k, v in given.items() if v is not None and k != "attention_mask"]
+    if kv == "frozen" and unused:
+        raise ValueError(
+            f"adapt: got {', '.join(unused)}, but kv='frozen' draws spans anywhere in a prompt and"
+            " predicts all their tokens. Step on spans of your own (Session.prefill), or drop"
+            f" {', '.join(unused)}."
+        )
     for name, tensor in given.items():
         if tensor is not None and ragged:
             raise ValueError(

@@ -341,6 +341,14 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(stack) if isinstance(stack, nn.ModuleList) else []
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs the model or a module in it, wrapped or in place."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
 def _layer_indices(layers: Layers, n_layers: int) -> set[int]:
     """Resolve `layers` to indices from 0 to n_layers - 1 by Python's indexing rules."""
     if isinstance(layers, str):

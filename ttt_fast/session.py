@@ -212,6 +212,7 @@ class Session:
             self.engine.settle()
             adaptation = Adaptation.of(self)
             self._open = False
+            self._prefix.forget()
             hold(self.model, adaptation)
         return adaptation
 

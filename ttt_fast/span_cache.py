@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ttt_fast.scope import is_compiled
 from ttt_fast.span_attention import Past, span_attention
 
 # Of one context, keys and values of each layer, (H_kv, T, D).
@@ -230,7 +231,7 @@ def _configs(model: nn.Module) -> list[Any]:
     """Configurations that decide for torch's attention, as long as nothing is compiled."""
     kinds = {type(m) for m in model.modules()}
     kinds = {kind for kind in kinds if hasattr(kind, "_can_set_attn_implementation")}
-    if hasattr(model, "_orig_mod") or not all(map(_asks_the_interface, kinds)):
+    if is_compiled(model) or not all(map(_asks_the_interface, kinds)):
         return []
     configs = {id(m.config): m.config for m in model.modules() if type(m) in kinds}
     return [each for each in configs.values() if getattr(each, _SETTING, None) == "sdpa"]

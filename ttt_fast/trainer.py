@@ -61,7 +61,7 @@ class TTTTrainer:
         objective: Objective | None = None,
     ) -> None:
         self.model = model
-        self.config = TTTConfig() if config is None else config
+        self._config = TTTConfig() if config is None else config
         self.tokenizer = tokenizer
         self._own_objective = objective is not None
         self.objective = objective or partial(
@@ -80,6 +80,19 @@ class TTTTrainer:
         self._engines: dict[str, DenseEngine | FactoredEngine] = {}
         self._graphs: dict[str, LoopGraphs] = {}
         self._work: Workload | None = None
+
+    @property
+    def config(self) -> TTTConfig:
+        """The settings, for which scope, engines and buffers were made: they stay."""
+        return self._config
+
+    @config.setter
+    def config(self, config: TTTConfig) -> None:
+        raise AttributeError(
+            "TTTTrainer: its settings cannot be replaced, since scope, engines and buffers were"
+            " made for them. Make another: TTTTrainer(model, dataclasses.replace(trainer.config,"
+            " lr=...)); any number may have the same model."
+        )
 
     def begin(self, n_deltas: int = 1, n_tokens: int | None = None) -> Session:
         """Start a session: every delta at zero.
@@ -260,22 +273,17 @@ class TTTTrainer:
             ValueError: bad input, or ``memory_budget`` is too small; says what would fit. Nothing
                 has changed, as after every other exception.
         """
-        given = {"labels": labels, "token_weights": token_weights, "position_ids": position_ids}
-        unused = [name for name, value in given.items() if value is not None]
-        if self.config.kv == "frozen" and unused:
-            raise ValueError(
-                f"adapt: got {', '.join(unused)}, but kv='frozen' draws spans anywhere in a prompt"
-                " and predicts all their tokens. Step on spans of your own (Session.prefill), or"
-                f" drop {', '.join(unused)}."
-            )
         batch = prompt_batch(
             self.model,
             self.tokenizer,
             prompt,
+            labels=labels,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_weights=token_weights,
             row_weights=row_weights,
             deltas=deltas,
-            **given,
+            kv=self.config.kv,
         )
         require_free(self.model)
         n_deltas = int(batch.delta_index.max()) + 1
@@ -335,7 +343,7 @@ class TTTTrainer:
             replace(base, **dict(zip(given, values, strict=True)))
             for values in itertools.product(*given.values())
         ]
-        single = prompt_batch(self.model, self.tokenizer, prompt, labels=labels)
+        single = prompt_batch(self.model, self.tokenizer, prompt, labels=labels, kv=self.config.kv)
         n = len(configs)
         batch = replace(single.rows(torch.zeros(n, dtype=torch.int64)), delta_index=torch.arange(n))
         batch = complete_batch(batch, self.model, n)

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from ttt_fast.batch import Batch
-from ttt_fast.scope import decoder_layers
+from ttt_fast.scope import decoder_layers, is_compiled
 from ttt_fast.span_cache import SpanCache
 
 
@@ -23,8 +24,8 @@ class Checkpointing:
     """Lets the decoder layers of a model forget what they compute until the backward needs it.
 
     A layer that has a forward of its own on the instance keeps everything, and so does one with
-    forward hooks inside: they are to be called once a step. Losses and gradients are those
-    of the same operations on the same numbers.
+    forward hooks inside, or any while there are global ones: they are to be called once a step.
+    Losses and gradients are those of the same operations on the same numbers.
 
     Args:
         model: the model.
@@ -41,7 +42,7 @@ class Checkpointing:
         dropout: bool,
         recomputing: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._layers = [] if hasattr(model, "_orig_mod") else decoder_layers(model)
+        self._layers = [] if is_compiled(model) else decoder_layers(model)
         if not self._layers:
             raise ValueError(
                 f"checkpointing=True: {type(model).__name__} has no stack of decoder layers to"
@@ -89,6 +90,5 @@ class Checkpointing:
 def _is_watched(layer: nn.Module) -> bool:
     """Whether someone would notice that it runs again; hooks of the layer itself do not."""
     inside = (module for module in layer.modules() if module is not layer)
-    return "forward" in vars(layer) or any(
-        module._forward_hooks or module._forward_pre_hooks for module in inside
-    )
+    watched = _has_any_global_hook() or "forward" in vars(layer)
+    return watched or any(module._forward_hooks or module._forward_pre_hooks for module in inside)

@@ -34,7 +34,7 @@ from ttt_fast.engines.products import (
     takes_factors,
 )
 from ttt_fast.reference import compute_dtype
-from ttt_fast.scope import Selection
+from ttt_fast.scope import Selection, is_compiled
 from ttt_fast.snapshot import Snapshot
 from ttt_fast.undo import UndoLog
 
@@ -94,15 +94,15 @@ class DenseEngine:
         self.selections = list(selections)
         self.config = config
         self.views = [selection.view() for selection in self.selections]
-        # rounding="torch" promises stock torch's bits, so autograd sums the gradients, too.
-        self.gradients = GradientBuffers(model, self.selections, reuse=config.rounding != "torch")
+        # rounding="torch" promises the bits of the model's own code, gradients included; of a model
+        # under torch.compile a graph is made of that code, and none of ours can be in it.
+        stock = config.rounding == "torch" or is_compiled(model)
+        self.gradients = GradientBuffers(model, self.selections, reuse=not stock)
         self.snapshot: Snapshot | None = None
         self._scratch = Scratch()
         self._groups = group_of_each(model, self.selections, config)
         # Once: settings are checked whenever they are made.
         self._group_configs = {group: group_config(config, group) for group in set(self._groups)}
-        # rounding="torch" promises the bits of the model's own code, gradients included.
-        stock = config.rounding == "torch" or hasattr(model, "_orig_mod")
         self._pieces = [] if stock else list(pieces_of(model, config.backend, lambda x: False))
         self.head = OutputHead(model, self._trained_head())
         self._states: list[_DeltaState] = []

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ttt_fast.engines.factors import MatrixFactors, VectorFactors
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, LinearSite
-from ttt_fast.scope import Selection
+from ttt_fast.scope import Selection, is_compiled
 
 Site = LinearSite | EmbeddingSite | NormSite
 
@@ -65,7 +65,7 @@ def _is_norm(module: nn.Module) -> bool:
 def unsupported(model: nn.Module, selections: Sequence[Selection]) -> list[str]:
     """Why parameters cannot be factored, a phrase each; empty if all can."""
     reasons = []
-    if hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         reasons.append("a model under torch.compile: its graph does not see the modules change")
     for name, module, own in owning_modules(model, {id(s.param): s for s in selections}):
         for selection in own.values():

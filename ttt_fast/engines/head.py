@@ -85,6 +85,7 @@ class _Call:
         weight = self.head.module.weight
         fits = x.dim() == 3 and x.shape[:2] == self._targets.shape
         fits = fits and (x.dtype, x.device) == (weight.dtype, weight.device)
+        fits = fits and x.device == self._targets.device
         if not (self.open and self.count == 1 and fits):
             return self._own(x)
         dtype = compute_dtype(x.dtype)
@@ -238,7 +239,7 @@ class OutputHead:
 def output_head(model: nn.Module) -> nn.Linear | None:
     """The module that gives a model's logits, where it is a plain linear one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or head not in model.modules():
         return None
     plain = type(head).forward is nn.Linear.forward and set(head._parameters) == {"weight", "bias"}
     if not plain or not isinstance(head.weight, nn.Parameter) or head.weight.dtype not in DTYPES:

@@ -33,7 +33,7 @@ from ttt_fast.engines.shapes import (
     layers_of,
 )
 from ttt_fast.engines.work import Workload
-from ttt_fast.scope import Selection
+from ttt_fast.scope import Selection, is_compiled
 from ttt_fast.span_cache import attends_apart
 
 ENGINES = ("auto", "factored", "dense")
@@ -65,7 +65,7 @@ def workload(
     groups = [config, *(config.for_group(group) for group in config.param_groups)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # As for the engines: of a compiled model, and where torch's bits are wanted, the own code runs.
-    stock = config.rounding == "torch" or hasattr(model, "_orig_mod")
+    stock = config.rounding == "torch" or is_compiled(model)
     work = Workload(
         layers=layers_of(model, rows, config.backend, stock),
         tokens=n_tokens,
@@ -83,7 +83,7 @@ def workload(
         hidden_width=hidden_width(model),
         kv_width=kv_width(model),
         joined=config.dropout or not attends_apart(model),
-        blocks=0 if hasattr(model, "_orig_mod") else crossed_blocks(model, rows),
+        blocks=0 if is_compiled(model) else crossed_blocks(model, rows),
         checkpointing=config.checkpointing,
         obstacle=obstacle(model, selections, config),
         available_bytes=available_bytes,

@@ -9,9 +9,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ttt_fast.batch import Batch
-from ttt_fast.scope import decoder_layers
+from ttt_fast.scope import decoder_layers, is_compiled
+
+# What configurations have where a model returns something of each of its layers.
+_SHOWN = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 @dataclass
@@ -32,18 +36,21 @@ class FrozenPrefix:
     step on that batch, so what they gave is what they would give, bit for bit.
 
     A layer in which somebody watches (forward hooks), that has a forward of its own on the
-    instance, or that returns more than its hidden states, runs every time, with all above it; so do
-    all layers of a model that is set to return what each of them gives.
+    instance, or that returns more than its hidden states, runs every time, with all above it. So do
+    all layers while there are global hooks, of a model that is set to return what each of them
+    gives, and where a layer above writes into what the last of them gave.
 
     Args:
-        model: the model; without one stack of decoder layers, nothing is skipped.
+        model: the model; without one stack of decoder layers, or under torch.compile, nothing is
+            skipped.
         dropout: whether layers drop out, and so give something else at every step.
     """
 
     def __init__(self, model: nn.Module, dropout: bool = False) -> None:
         settings = getattr(model, "config", None)
-        all_shown = getattr(settings, "output_hidden_states", False)
-        self._layers = [] if dropout or all_shown else decoder_layers(model)
+        shown = any(getattr(settings, name, False) for name in _SHOWN)
+        others = dropout or shown or is_compiled(model)
+        self._layers = [] if others else decoder_layers(model)
         self._kept: dict[int, _Kept] = {}
 
     def forget(self) -> None:
@@ -77,11 +84,16 @@ class FrozenPrefix:
     @contextmanager
     def _watched(self, kept: _Kept) -> Iterator[None]:
         """Note the outputs of the layers, from the first on, that need no gradient."""
+        version = 0
 
         def look(layer: nn.Module, args: Any, output: Any) -> None:
+            nonlocal version
             follows = kept.n_layers < len(self._layers) and self._layers[kept.n_layers] is layer
-            if follows and isinstance(output, Tensor) and not output.requires_grad:
+            if not follows or not isinstance(output, Tensor):
+                return
+            if not output.requires_grad and not output.is_inference():
                 kept.n_layers, kept.hidden = kept.n_layers + 1, output
+                version = output._version
 
         handles = []
         try:
@@ -93,8 +105,12 @@ class FrozenPrefix:
         finally:
             for handle in handles:
                 handle.remove()
-        if kept.hidden is not None:
-            kept.hidden = kept.hidden.detach().clone()
+        if kept.hidden is None:
+            return
+        if kept.hidden._version != version:
+            kept.n_layers, kept.hidden = 0, None  # a layer above wrote into it
+            return
+        kept.hidden = kept.hidden.detach().clone()
 
     @contextmanager
     def _skipped(self, kept: _Kept) -> Iterator[None]:
@@ -115,7 +131,8 @@ class FrozenPrefix:
 
 
 def _is_watched(layer: nn.Module) -> bool:
-    return "forward" in vars(layer) or any(
+    watched = _has_any_global_hook() or "forward" in vars(layer)
+    return watched or any(
         module._forward_hooks or module._forward_pre_hooks for module in layer.modules()
     )
 

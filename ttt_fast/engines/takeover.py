@@ -293,8 +293,7 @@ class LinearSite:
         matrix, deltas, wide = self.matrix, layout.deltas, self.desk.wide
         if matrix.inputs is None:
             # Used before the first step.
-            n_out, n_in = matrix.weight.shape
-            shapes = (layout.n, 0, n_in), (layout.n, 0, n_out)
+            shapes = (layout.n, 0, matrix.weight.shape[1]), (layout.n, 0, matrix.dy.width)
             X, dY = (like.new_empty(shape) for shape in shapes)
             return X, dY, like.new_empty(layout.n, 0, dtype=wide)
         beta = layout.beta(matrix.inputs.rows, matrix.track, wide)
