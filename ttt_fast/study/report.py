@@ -16,6 +16,7 @@ from ttt_fast.study.analysis import PREDICTORS, Analysis, Cell, Choice, groups_o
 from ttt_fast.study.findings import Finding, correlation, findings
 from ttt_fast.study.grid import Grid, Setting
 from ttt_fast.study.intervals import Estimate
+from ttt_fast.study.plan import Portion
 from ttt_fast.study.results import (
     ResultsError,
     key_of,
@@ -25,6 +26,7 @@ from ttt_fast.study.results import (
 )
 from ttt_fast.study.tasks import Task, find_task
 
+_SKIPPED = {"too_long": "longer than the model's context", "too_short": "too short for the task"}
 _SETTING_HEADS = ("optimizer", "lr", "weight_decay", "momentum", "max_grad_norm", "scope")
 
 
@@ -36,6 +38,7 @@ class StudyReport:
         configuration: of the folder.
         plan: the plan's page, with what was skipped.
         n_studies: how many studies the results are from, each with settings and prompts of its own.
+        n_missing: results that the studies are still to give.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class StudyReport:
         configuration: Mapping[str, Any],
         plan: str = "",
         n_studies: int = 1,
+        n_missing: int = 0,
     ) -> None:
         # In one order whoever wrote them, so that a report of the same results is the same bytes.
         unique = {key_of(line): line for line in lines}
@@ -51,6 +55,7 @@ class StudyReport:
         self.configuration = configuration
         self.plan = plan
         self.n_studies = n_studies
+        self.n_missing = n_missing
 
     @classmethod
     def read(cls, *folders: str | Path) -> StudyReport:
@@ -72,7 +77,9 @@ class StudyReport:
             if not found:
                 raise ResultsError(f"{folder}: there are no results yet. Run the study first.")
         together = _together(folders, configurations)
-        return cls(itertools.chain(*lines), together, n_studies=len(folders))
+        missing = sum(map(_n_missing, configurations, lines))
+        page = "\n".join(_what_was_run(found) for found in configurations)
+        return cls(itertools.chain(*lines), together, page, len(folders), missing)
 
     @property
     def task(self) -> Task:
@@ -132,11 +139,17 @@ class StudyReport:
                 f"{self.n_studies} studies: settings have {min(counts)} to {max(counts)} prompts; a"
                 " mean is over a setting's own, a comparison over those that both sides have"
             )
-        elif len(counts) > 1:
+        if self.n_missing or len(counts) > 1 and self.n_studies == 1:
             lines.append(
-                f"NOT COMPLETE: settings have {min(counts)} to {max(counts)} prompts so far, so"
-                " they cannot be compared with each other yet"
+                f"NOT COMPLETE: settings have {min(counts)} to {max(counts)} prompts so far; what"
+                " compares settings is over the prompts that all of them have"
             )
+        skipped = self.configuration.get("skipped", {})  # older folders do not have it
+        lines += [
+            f"skipped, {what}: {len(skipped[name])} prompts ({_some(skipped[name])})"
+            for name, what in _SKIPPED.items()
+            if skipped.get(name)
+        ]
         return "\n".join(lines)
 
     def steps_table(
@@ -308,7 +321,8 @@ def _together(
 ) -> dict[str, Any]:
     """One configuration of studies that differ in their settings alone."""
     axes = [axis.name for axis in fields(Grid)]
-    first, *others = configurations
+    every = configurations
+    first, *others = every
     identity = dict(first["identity"])
     for folder, other in zip(folders[1:], others, strict=True):
         for name, value in other["identity"].items():
@@ -320,7 +334,43 @@ def _together(
                     f" with {identity.get(name)!r}. Only settings and the number of prompts may"
                     " differ; report them one by one."
                 )
-    return dict(first) | {"identity": identity}
+    skipped = {
+        name: list(
+            dict.fromkeys(itertools.chain(*(c.get("skipped", {}).get(name, ()) for c in every)))
+        )
+        for name in _SKIPPED
+    }
+    return dict(first) | {"identity": identity, "skipped": skipped}
+
+
+def _n_missing(configuration: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> int:
+    """Results that a study's configuration promises and its folder does not have."""
+    grid = Grid(**{axis.name: configuration["identity"][axis.name] for axis in fields(Grid)})
+    skipped = sum(map(len, configuration.get("skipped", {}).values()))
+    n_prompts = configuration["prompts"] - skipped
+    promised = n_prompts * len(grid.settings()) * len(grid.steps)
+    return max(0, promised - len({key_of(line) for line in lines}))
+
+
+def _what_was_run(configuration: Mapping[str, Any]) -> str:
+    """A study's prompts, steps and portions, from its folder."""
+    identity = configuration["identity"]
+    lines = [
+        f"{configuration['prompts']} prompts, looked at after"
+        f" {', '.join(map(str, identity['steps']))} steps"
+    ]
+    for each in configuration["portions"]:
+        portion = Portion.of(each)
+        first = portion.settings[0]
+        lines.append(
+            f"  {first.optimizer} on {first.scope}: {len(portion.settings)} settings,"
+            f" {portion.at_once} side by side, {portion.reason}"
+        )
+    return "\n".join(lines)
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
 
 
 def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
