@@ -59,7 +59,7 @@ test-gates: $(VENV)/.stamp-test  ## run what stands in for a GPU: Triton's inter
 test-all: $(VENV)/.stamp-others $(VENV)/.stamp-transformers-min  ## run every test, and the scopes on the oldest transformers
 	$(PY) -m pytest -m "not gpu"
 	$(PY) -m pytest tests/interpreter
-	PYTHONPATH=$(VENV)/transformers-min $(PY) -m pytest tests/test_scope.py
+	PYTHONPATH=$(VENV)/transformers-min $(PY) -m pytest tests/test_scope.py tests/test_scope_query.py
 
 lint: $(VENV)/.stamp-test  ## check style: ruff and clang-format
 	$(VENV)/bin/ruff check .

@@ -53,7 +53,7 @@ class Suite:
         """Every comparison; one that raises is noted and the others go on."""
         parts = [
             self.copies, self.updates, self.gram_norms, self.gram_norms_of_layers,
-            self.delta_linears, self.rank_updates, self.losses, self.adaptations,
+            self.delta_linears, self.rank_updates, self.rank_steps, self.losses, self.adaptations,
         ]  # fmt: skip
         for part in parts:
             for group, make in part():
@@ -328,6 +328,38 @@ class Suite:
                     return sides
 
                 yield f"rank_update_, 8192 x 2048, R = {R}, {_name(dtype)}", make
+
+    def rank_steps(self) -> Iterator[tuple[str, Callable[[], Sides]]]:
+        """An SGD step with momentum on a weight whose gradient is dyᵀ x."""
+        for R in (64, 1024):
+            for dtype in self._dtypes():
+
+                def make(R: int = R, dtype: torch.dtype = dtype) -> Sides:
+                    weight = self._random(8192, 2048, dtype=dtype)
+                    buffer = torch.zeros_like(weight)
+                    x = self._random(R, 2048, dtype=dtype)
+                    dy = self._random(R, 8192, dtype=dtype, scale=0.1)
+                    norm = torch.ones((), device=weight.device)
+                    options = {
+                        "lr": 1e-6, "momentum": 0.9, "grad_norm": norm, "max_grad_norm": 10.0,
+                    }  # fmt: skip
+                    moved = 4 * weight.nbytes + x.nbytes + dy.nbytes
+
+                    def formed() -> None:
+                        grad = torch.mm(dy.t(), x)
+                        ops.sgd_([weight], [grad], [buffer], **options)
+
+                    sides: Sides = {"ours, gradient formed": (formed, moved + 2 * weight.nbytes)}
+                    for name in self._backends("rank_sgd_"):
+                        sides[f"ours, {name}"] = (
+                            lambda name=name: ops.rank_sgd_(
+                                [weight], [x], [dy], [buffer], backend=name, **options
+                            ),
+                            moved,
+                        )
+                    return sides
+
+                yield f"rank_sgd_, 8192 x 2048, R = {R}, {_name(dtype)}", make
 
     def losses(self) -> Iterator[tuple[str, Callable[[], Sides]]]:
         """Loss of tokens and its gradient."""

@@ -1,6 +1,6 @@
 // Conversions between storage and compute types, and stochastic rounding: element by element, free
 // of branches so that a plain loop over them vectorises, and the same bits on every device.
-// Specification: round_stochastic and random_bits in ttt_fast/reference.py.
+// Specification: round_stochastic and random_bits in ttt_fast/rounding.py.
 #pragma once
 
 #include <cstdint>

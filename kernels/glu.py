@@ -3,7 +3,7 @@
 Fused: conversion, activation, its rounding, product, rounding; stock torch writes act(gate) and
 reads it again. Bytes per element: two reads and one write, 6 in 16 bits and 12 in float32; stock
 torch moves 10 and 20. Bound: memory bandwidth; an exponential and a division an element hide behind
-it. Reference: glu in ttt_fast/reference.py.
+it. Reference: glu in ttt_fast/layer_reference.py.
 """
 
 from __future__ import annotations

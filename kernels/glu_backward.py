@@ -4,7 +4,7 @@ Fused: conversion, the activation once more (nothing is kept from the forward bu
 derivative, both products and their rounding. Bytes per element: three reads and two writes, 10 in
 16 bits and 20 in float32; stock torch moves twice as many and keeps act(gate). Bound: memory
 bandwidth; an exponential and a division an element hide behind it.
-Reference: glu_backward in ttt_fast/reference.py.
+Reference: glu_backward in ttt_fast/layer_reference.py.
 """
 
 from __future__ import annotations

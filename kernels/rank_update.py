@@ -55,6 +55,61 @@ TILES = {
 }  # fmt: skip
 
 
+@triton.jit
+def product_tile(
+    x, dy, beta, rank, first_m, first_n, m, n, in_m, in_n, stride_xr, stride_xk, stride_dr,
+    stride_dn, stride_beta, WIDE: tl.constexpr, FACTOR: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of dyᵀ diag(beta) x, or of dyᵀ x without ``beta``, in WIDE.
+
+    FACTOR: type that the factors are multiplied in; TERMS: how many of it dy·beta is made of.
+    """
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros((m.shape[0], n.shape[0]), dtype=WIDE)
+    # Where a tile begins is a number of 64 bits; within it 32 bits do, and save registers.
+    d_tile = dy + first_m.to(tl.int64) * stride_dn
+    x_tile = x + first_n.to(tl.int64) * stride_xk
+    for first_r in range(0, rank, BLOCK_R):
+        in_r = first_r + r < rank
+        ds = tl.load(
+            d_tile + (r[:, None] * stride_dr + m[None, :] * stride_dn),
+            mask=in_r[:, None] & in_m[None, :], other=0.0,
+        )  # fmt: skip
+        xs = tl.load(
+            x_tile + (r[:, None] * stride_xr + n[None, :] * stride_xk),
+            mask=in_r[:, None] & in_n[None, :], other=0.0,
+        ).to(FACTOR)  # fmt: skip
+        if beta is not None:
+            factor = tl.load(beta + (first_r + r) * stride_beta, mask=in_r, other=0.0).to(WIDE)
+            ds = ds.to(WIDE) * factor[:, None]
+        left = tl.trans(ds)
+        if TERMS == 1:
+            left = left.to(FACTOR)
+            total = tl.dot(left, xs, total, input_precision=PRECISION, out_dtype=WIDE)
+        else:
+            high, low = two_terms(left, FACTOR)
+            total = tl.dot(high, xs, total, input_precision=PRECISION, out_dtype=WIDE)
+            total = tl.dot(low, xs, total, input_precision=PRECISION, out_dtype=WIDE)
+        d_tile += BLOCK_R * stride_dr
+        x_tile += BLOCK_R * stride_xr
+    return total
+
+
+@triton.jit
+def tile_pointers(
+    matrix, first_m, first_n, m, n, group_rows, stride_g, stride_r, stride_k, GROUPED: tl.constexpr
+):
+    """Pointers to a tile of a matrix, whose rows may come in groups of ``group_rows``."""
+    if GROUPED:
+        row = first_m.to(tl.int64) + m
+        rows = row // group_rows * stride_g + row % group_rows * stride_r
+        return matrix + rows[:, None] + (first_n + n).to(tl.int64)[None, :] * stride_k
+    else:
+        tile = matrix + first_m.to(tl.int64) * stride_r + first_n.to(tl.int64) * stride_k
+        return tile + m[:, None] * stride_r + n[None, :] * stride_k
+
+
 @triton.jit(do_not_specialize=["rank", "seed_key", "stride_beta"])
 def rank_update_kernel(
     weight, x, dy, beta, scale_at, scale: tl.float64, seed_key: tl.int64, rank, out, width,
@@ -64,47 +119,21 @@ def rank_update_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the weight. FACTOR: type that the factors are multiplied in."""
+    """One tile of the weight."""
     tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
     tile = tl.program_id(0)
     tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
-    m, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_m, in_n = first_m + m < out, first_n + n < width
-
-    wide = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
-    # Where a tile begins is a number of 64 bits; within it 32 bits do, and save registers.
-    d_tile = dy + first_m.to(tl.int64) * stride_dn
-    x_tile = x + first_n.to(tl.int64) * stride_xk
-    for first_r in range(0, rank, BLOCK_R):
-        in_r = first_r + r < rank
-        factor = tl.load(beta + (first_r + r) * stride_beta, mask=in_r, other=0.0).to(wide)
-        ds = tl.load(
-            d_tile + (r[:, None] * stride_dr + m[None, :] * stride_dn),
-            mask=in_r[:, None] & in_m[None, :], other=0.0,
-        )  # fmt: skip
-        xs = tl.load(
-            x_tile + (r[:, None] * stride_xr + n[None, :] * stride_xk),
-            mask=in_r[:, None] & in_n[None, :], other=0.0,
-        ).to(FACTOR)  # fmt: skip
-        scaled = tl.trans(ds.to(wide) * factor[:, None])
-        if TERMS == 1:
-            total = tl.dot(scaled.to(FACTOR), xs, total, input_precision=PRECISION, out_dtype=wide)
-        else:
-            high, low = two_terms(scaled, FACTOR)
-            total = tl.dot(high, xs, total, input_precision=PRECISION, out_dtype=wide)
-            total = tl.dot(low, xs, total, input_precision=PRECISION, out_dtype=wide)
-        d_tile += BLOCK_R * stride_dr
-        x_tile += BLOCK_R * stride_xr
-
-    row = first_m.to(tl.int64) + m
-    if GROUPED:
-        rows = row // group_rows * stride_wg + row % group_rows * stride_wr
-        place = weight + rows[:, None] + (first_n + n).to(tl.int64)[None, :] * stride_wk
-    else:
-        place = weight + first_m.to(tl.int64) * stride_wr + first_n.to(tl.int64) * stride_wk
-        place += m[:, None] * stride_wr + n[None, :] * stride_wk
+    wide: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    total = product_tile(
+        x, dy, beta, rank, first_m, first_n, m, n, in_m, in_n, stride_xr, stride_xk, stride_dr,
+        stride_dn, stride_beta, wide, FACTOR, TERMS, PRECISION, BLOCK_R,
+    )  # fmt: skip
+    place = tile_pointers(
+        weight, first_m, first_n, m, n, group_rows, stride_wg, stride_wr, stride_wk, GROUPED
+    )
     mask = in_m[:, None] & in_n[None, :]
     if scale_at is None:
         scaling = tl.full((), scale, tl.float64).to(wide)
@@ -113,13 +142,15 @@ def rank_update_kernel(
     target = scaling * tl.load(place, mask=mask, other=0.0).to(wide) + total
     if STOCHASTIC:
         key = random_key(seed_key, tl.full((), 0, tl.int64))
+        row = first_m.to(tl.int64) + m
         bits = random_bits(key, row[:, None] * width + (first_n + n)[None, :])
         tl.store(place, round_stochastic(target, bits, weight.dtype.element_ty), mask=mask)
     else:
         tl.store(place, target.to(weight.dtype.element_ty), mask=mask)
 
 
-def _options(tiles: Tiles) -> dict[str, int]:
+def launch_options(tiles: Tiles) -> dict[str, int]:
+    """As a launch takes them."""
     return {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
 
@@ -166,7 +197,7 @@ def rank_update_launch(
         weight, x, dy, beta, scale_at, float(scale), seed_key(seed), rank, out, width,
         weight.shape[1] if grouped else 0, stride_wg, stride_wr, stride_wk, *x.stride(),
         *dy.stride(), beta.stride(0),
-        GROUPED=grouped, **_constants(product, tiles, stochastic), **_options(tiles),
+        GROUPED=grouped, **_constants(product, tiles, stochastic), **launch_options(tiles),
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -190,7 +221,7 @@ def _case(
     return Case(
         ", ".join(filter(None, words)), rank_update_kernel,
         pointers | numbers | dict.fromkeys(sizes, "i32"),
-        constants | _constants(dtype, tiles, stochastic), **_options(tiles),
+        constants | _constants(dtype, tiles, stochastic), **launch_options(tiles),
         divisible=(*pointers, *sizes), dot=dtype != torch.float32,
     )  # fmt: skip
 

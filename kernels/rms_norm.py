@@ -8,7 +8,7 @@ tile.
 Bytes per element: one read and one write, 4 in 16 bits and 8 in float32, beside the weight, which
 all tokens of a delta share, and one number a token. Bound: memory bandwidth, or the launch itself
 where tokens are few. Widths that are no multiple of 16 are accessed element by element.
-Reference: rms_norm in ttt_fast/reference.py.
+Reference: rms_norm in ttt_fast/layer_reference.py.
 """
 
 from __future__ import annotations

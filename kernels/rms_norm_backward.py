@@ -9,7 +9,7 @@ second time from the L2 cache.
 Bytes per element: two reads and one write, 6 in 16 bits and 12 in float32, beside the weight and
 its gradient (8 bytes a column for each program). Bound: memory bandwidth, or the launch itself
 where tokens are few. Widths that are no multiple of 16 are accessed element by element.
-Reference: rms_norm_backward in ttt_fast/reference.py.
+Reference: rms_norm_backward in ttt_fast/layer_reference.py.
 """
 
 from __future__ import annotations

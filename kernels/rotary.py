@@ -7,7 +7,7 @@ Bytes per element: one read and one write, 4 in 16 bits and 8 in float32, beside
 the heads share: each thread's loads of them, from the L1 cache, are in the numbers of the cases.
 Bound: memory bandwidth, or the launch itself where tokens are few. Halves that are no multiple of
 16 bytes are accessed in smaller pieces.
-Reference: rotary in ttt_fast/reference.py.
+Reference: rotary in ttt_fast/layer_reference.py.
 """
 
 from __future__ import annotations

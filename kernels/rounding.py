@@ -3,7 +3,7 @@
 Nothing is launched from here; the update kernels inline these functions. Integer arithmetic only,
 about 20 instructions an element for the bits, which hide behind the memory traffic.
 
-Reference: random_bits and round_stochastic in ttt_fast/reference.py.
+Reference: random_bits and round_stochastic in ttt_fast/rounding.py.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ttt_fast.reference import _splitmix64
+from ttt_fast.rounding import splitmix64
 
 
 def seed_key(seed: int) -> int:
     """The part of a random key that all tensors of a call share, as a signed 64-bit number."""
-    key = _splitmix64(seed & 0xFFFFFFFFFFFFFFFF)
+    key = splitmix64(seed & 0xFFFFFFFFFFFFFFFF)
     return key - (1 << 64) if key >> 63 else key
 
 

@@ -37,6 +37,33 @@ from ttt_fast.kernels.update import (
 )
 
 
+@triton.jit
+def sgd_step(
+    g, m, weight, momentum, keep, weight_decay, minus_lr, lr_weight_decay, COMPUTE: tl.constexpr,
+    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
+):  # fmt: skip
+    """Return the new momentum and the step, of a gradient that is scaled, in COMPUTE.
+
+    DECAY is "none", "coupled" or "decoupled"; keep = 1 - dampening. ``m`` is not used without
+    MOMENTUM and on the FIRST_STEP.
+    """
+    if DECAY == "coupled":
+        g += scalar(weight_decay, COMPUTE) * weight
+    u = g
+    if MOMENTUM:
+        if FIRST_STEP:
+            m = g
+        else:
+            m = scalar(momentum, COMPUTE) * m + scalar(keep, COMPUTE) * g
+        u = m
+        if NESTEROV:
+            u = g + scalar(momentum, COMPUTE) * m
+    step = u * scalar(minus_lr, COMPUTE)
+    if DECAY == "decoupled":
+        step -= scalar(lr_weight_decay, COMPUTE) * weight
+    return m, step
+
+
 @triton.jit(
     do_not_specialize=["n_chunks", "seed_key"],
     # A slot of a ring has any alignment.
@@ -54,7 +81,7 @@ def sgd_kernel(
 ):  # fmt: skip
     """One chunk of the lists params, grads, deltas, bases, momentum buffers.
 
-    STATE is None without momentum; DECAY is "none", "coupled" or "decoupled"; keep = 1 - dampening.
+    STATE is None without momentum.
     """
     chunk = tl.program_id(0)
     numel = live_numel(tl.load(numels + chunk), found_inf)
@@ -77,22 +104,17 @@ def sgd_kernel(
             grad_pointer = chunk_pointer(pointers, n_chunks, chunk, GRADS, GRAD, ALIGNED)
             g = read(grad_pointer + lanes, mask, MASKED).to(COMPUTE)
             g = scale_gradient(g, grad_norm, max_grad_norm, grad_scale, CLIP, MAXIMIZE)
-            if DECAY == "coupled":
-                g += scalar(weight_decay, COMPUTE) * weight
-            u = g
+            m = g
             if STATE is not None:
                 buffer = chunk_pointer(pointers, n_chunks, chunk, STATES, STATE, ALIGNED) + lanes
-                m = g
                 if not FIRST_STEP:
                     m = read(buffer, mask, MASKED).to(COMPUTE)
-                    m = scalar(momentum, COMPUTE) * m + scalar(keep, COMPUTE) * g
+            m, step = sgd_step(
+                g, m, weight, momentum, keep, weight_decay, minus_lr, lr_weight_decay, COMPUTE,
+                STATE is not None, DECAY, NESTEROV, FIRST_STEP,
+            )  # fmt: skip
+            if STATE is not None:
                 write(buffer, m.to(STATE), mask, MASKED)
-                u = m
-                if NESTEROV:
-                    u = g + scalar(momentum, COMPUTE) * m
-            step = u * scalar(minus_lr, COMPUTE)
-            if DECAY == "decoupled":
-                step -= scalar(lr_weight_decay, COMPUTE) * weight
             apply_step(
                 pointers, n_chunks, place, step, before, base, delta, lanes, mask, landed_sums,
                 undo, PARAM, COMPUTE, DELTA, LANDED, STOCHASTIC, UNDO, ALIGNED, MASKED,

@@ -339,10 +339,11 @@ def launch_update(
     for tensor, copy in copies:
         tensor.copy_(copy)
     if landed is not None:
-        _add_landed(sums, landed)
+        add_landed(sums, landed)
 
 
-def _add_landed(sums: Tensor, landed: Tensor) -> None:
+def add_landed(sums: Tensor, landed: Tensor) -> None:
+    """Add the rows of sums (n, 2) to ``landed``, which may be on another device."""
     total = landed.to(sums.device)
     landed_kernel[(1,)](
         sums, len(sums), total, BLOCK=SUMS_BLOCK, num_warps=SUMS_WARPS, num_stages=1,

@@ -4,99 +4,34 @@ On the CPU, with :mod:`tests.emulated_graph` in the place of a CUDA graph. Bit f
 a replay runs the same operations in the same order.
 """
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.emulated_graph import EmulatedGraph, LooksError, StaleError, emulate
-from tests.families import tiny_model
+from tests.emulated_graph import EmulatedGraph, emulate
+from tests.graph_cases import (
+    adapt_both,
+    assert_replayed,
+    assert_same,
+    engines,
+    prompts,
+    results,
+    small_model,
+    trainer_of,
+    twins,
+)
 from tests.loops import prompt_ids
 from tests.untouched import unchanged
-from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer, graphs, placement, session
+from ttt_fast import Batch, DivergedError, TTTConfig, graphs, session
 from ttt_fast.batch import complete_batch
-from ttt_fast.engines import head
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.history import History
-
-OPTIONS = dict(steps=2, lr=2e-2, weight_decay=0.01, max_grad_norm=1.0)
-ENGINES = ["dense", "factored"]
-engines = pytest.mark.parametrize("engine", ENGINES)
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     emulate(monkeypatch)
-
-
-def small_model(family="llama_tied", dtype=torch.float32, layers=1, **options):
-    name = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    return tiny_model(family, dtype, **{name: layers}, **options)
-
-
-def trainer_of(model, engine, cuda_graph="auto", **options):
-    return TTTTrainer(model, TTTConfig(engine=engine, cuda_graph=cuda_graph, **OPTIONS | options))
-
-
-def twins(engine, family="llama_tied", dtype=torch.float32, model=None, **options):
-    """Trainers of one model: one that may replay, and one that takes every step."""
-    model = small_model(family, dtype) if model is None else model
-    return trainer_of(model, engine, **options), trainer_of(model, engine, False, **options)
-
-
-def results(adapted, whole=True) -> dict[str, Tensor]:
-    """Everything that an adaptation says and, as a whole, does."""
-    found = {
-        "losses": adapted.losses, "grad_norms": adapted.grad_norms, "steps": adapted.steps,
-        "landed": adapted.update_landed, "loss": adapted.loss(), "diverged": adapted.diverged,
-    }  # fmt: skip
-    if not whole:
-        return found
-    found["generated"] = adapted.generate(max_new_tokens=3, do_sample=False)
-    for delta in range(adapted.n_deltas):
-        found |= {f"{delta} {n}": t for n, t in adapted.state_dict(delta).items()}
-    if hasattr(adapted, "rewind"):
-        found["delta_norm"] = adapted.delta_norm()
-        found["cosine"] = adapted.grad_cosine(0, -1)
-        adapted.rewind(1)
-        found["loss after 1"] = adapted.loss()
-    return found
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name in found:
-        assert torch.equal(nan_as_number(found[name]), nan_as_number(expected[name])), name
-
-
-def nan_as_number(tensor: Tensor) -> Tensor:
-    return tensor.nan_to_num(nan=-1e9) if tensor.is_floating_point() else tensor
-
-
-def prompts(seed, lengths=(9,)):
-    return [prompt_ids(n, seed=10 * seed + i)[0] for i, n in enumerate(lengths)]
-
-
-def adapt_both(graphed, eager, lengths=(9,), seeds=range(3), **given):
-    """Statuses of the prompts of one trainer; the results of both are the same."""
-    statuses = []
-    given = {"deltas": "independent"} | given
-    for seed in seeds:
-        found = []
-        for trainer in (graphed, eager):
-            with trainer.adapt(prompts(seed, lengths), **given) as adapted:
-                statuses += [adapted.cuda_graph] if trainer is graphed else []
-                found.append(results(adapted, whole=statuses[-1].startswith("replayed")))
-        assert_same(*found)
-    return statuses
-
-
-def assert_replayed(statuses):
-    assert "the first prompt" in statuses[0]
-    assert "recorded, and checked" in statuses[1]
-    assert all(status.startswith("replayed") for status in statuses[2:])
 
 
 GROUPS = [{"params": "norm", "lr": [0.1, 0.01, 0.05], "weight_decay": 0.0}]
@@ -455,205 +390,3 @@ def test_padding_to_a_length():
     trainer = trainer_of(small_model(), "dense", pad_to_multiple_of=48)
     assert trainer._padded_length(rows) == 48
     assert trainer._padded_length(rows.padded_to(50)) == 64  # the model's context
-
-
-# ---------------------------------------------------------------------------- what goes wrong
-
-
-def looking(reduce_rows):
-    """The reduction of losses, with a look at one while a graph is recorded."""
-
-    def reduce(losses, *more):
-        if torch.cuda.is_current_stream_capturing():
-            losses.sum().item()
-        return reduce_rows(losses, *more)
-
-    return reduce
-
-
-def interrupted(*args):
-    raise KeyboardInterrupt
-
-
-@engines
-@pytest.mark.parametrize("fault", ["look", "interrupt"])
-def test_recording_that_fails(engine, fault, monkeypatch):
-    graphed, eager = twins(engine)
-    adapt_both(graphed, eager, seeds=[0])
-    faulty = interrupted if fault == "interrupt" else looking(head.reduce_rows)
-    monkeypatch.setattr(head, "reduce_rows", faulty)
-    with unchanged(graphed.model):
-        if fault == "interrupt":
-            with pytest.raises(KeyboardInterrupt):
-                graphed.adapt(prompts(1))
-            return
-        with pytest.warns(UserWarning, match=r"recording failed \(LooksError"):
-            (status,) = adapt_both(graphed, eager, seeds=[1])
-        assert "recording failed" in status
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert "recording failed" in adapt_both(graphed, eager, seeds=[2])[0]
-        demanding = trainer_of(graphed.model, engine, True)
-        demanding.adapt(prompts(0)).restore()
-        with pytest.raises(RuntimeError, match="cuda_graph=True: recording failed"):
-            demanding.adapt(prompts(1))
-
-
-@engines
-def test_a_replay_that_fails(engine, monkeypatch):
-    def fail(graph):
-        raise torch.OutOfMemoryError("too small")
-
-    graphed, eager = twins(engine)
-    adapt_both(graphed, eager, seeds=[0])
-    monkeypatch.setattr(EmulatedGraph, "on_replay", fail)
-    with unchanged(graphed.model), pytest.warns(UserWarning, match="a replay failed .*too small"):
-        (status,) = adapt_both(graphed, eager, seeds=[1])
-    assert "too small" in status
-
-
-@engines
-def test_a_replay_that_gives_other_numbers(engine, monkeypatch):
-    def spoil(graph):
-        """Leave the last softmax out."""
-        names = [call.func.name() for call in graph.calls]
-        del graph.calls[len(names) - 1 - names[::-1].index("ttt_fast::nll_")]
-
-    graphed, eager = twins(engine)
-    with unchanged(graphed.model):
-        adapt_both(graphed, eager, seeds=[0])
-        monkeypatch.setattr(EmulatedGraph, "on_replay", spoil)
-        wrong = "a replay gave a loss of nan at step 2, one by one it is"
-        with pytest.warns(UserWarning, match=wrong):
-            (status,) = adapt_both(graphed, eager, seeds=[1])
-        assert wrong in status
-        assert wrong in adapt_both(graphed, eager, seeds=[2])[0]
-        demanding = trainer_of(graphed.model, engine, True)
-        demanding.adapt(prompts(0)).restore()
-        with pytest.raises(RuntimeError, match=f"cuda_graph=True: {wrong}"):
-            demanding.adapt(prompts(1))
-
-
-# ---------------------------------------------------------------------------- what is not recorded
-
-
-REFUSED = {
-    "on_step": (dict(), dict(on_step=lambda report: None), "on_step and stop look"),
-    "stop": (dict(), dict(stop=lambda report: False), "on_step and stop look"),
-    "check_every": (dict(check_every=1), dict(), "check_every=1 looks"),
-    "dropout": (dict(dropout=True), dict(), "dropout=True"),
-    "torch": (dict(rounding="torch"), dict(), "looks at found_inf"),
-    "backend": (dict(backend="torch", engine="dense"), dict(), "looks at found_inf"),
-    "spans": (dict(kv="frozen"), dict(), "kv='frozen' takes another span"),
-    "no steps": (dict(steps=0), dict(), "steps=0"),
-    "positions": (dict(), dict(position_ids=torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])),
-                  "position ids other than"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_recorded(name):
-    options, given, reason = REFUSED[name]
-    options = {"engine": "dense"} | options
-    model = small_model()
-    trainer = trainer_of(model, cuda_graph="auto", **options)
-    for _ in range(3):
-        with trainer.adapt(prompts(0), **given) as adapted:
-            assert reason in adapted.cuda_graph
-    with unchanged(model), pytest.raises(ValueError, match=f"cuda_graph=True, but .*{reason}"):
-        trainer_of(model, cuda_graph=True, **options).adapt(prompts(0), **given)
-    assert not EmulatedGraph.made
-
-
-def test_objectives_hooks_and_budgets_are_not_recorded():
-    model, options = small_model(), OPTIONS | {"cuda_graph": "auto"}
-    trainer = TTTTrainer(model, TTTConfig(**options), objective=lambda outputs, batch: None)
-    assert "Python of your objective" in trainer._graph_obstacle(watched=False)
-    trainer = TTTTrainer(model, TTTConfig(**options))
-    assert trainer._graph_obstacle(watched=False) is None
-    handle = model.model.layers[0].register_forward_hook(lambda *args: None)
-    assert "would not run the hooks" in trainer._graph_obstacle(watched=False)
-    handle.remove()
-    handle = model.model.norm.weight.register_hook(lambda grad: grad)
-    assert "would not run the hooks" in trainer._graph_obstacle(watched=False)
-    handle.remove()
-    model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
-    assert "forwards of their own" in trainer._graph_obstacle(watched=False)
-    del model.model.layers[0].mlp.forward
-    trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options))
-    assert "memory_budget" in trainer._graph_obstacle(watched=False)
-    trainer = TTTTrainer(model, TTTConfig(memory_budget=10**9, **options | {"cuda_graph": True}))
-    assert trainer._graph_obstacle(watched=False) is None
-
-
-def test_none_on_the_cpu(monkeypatch):
-    monkeypatch.delitem(graphs.RECORDERS, "cpu")
-    model = small_model()
-    with trainer_of(model, "dense").adapt(prompts(0)) as adapted:
-        assert adapted.cuda_graph == (
-            "steps ran one by one: the model is on cpu, not on a CUDA device"
-        )
-    with unchanged(model), pytest.raises(ValueError, match="cuda_graph=True, but the model is on"):
-        trainer_of(model, "dense", True).adapt(prompts(0))
-    with trainer_of(model, "dense", False).adapt(prompts(0)) as adapted:
-        assert adapted.cuda_graph == "steps ran one by one: cuda_graph=False"
-
-
-# ---------------------------------------------------------------------------- that this can fail
-
-
-def record(body):
-    graph = EmulatedGraph(torch.device("cpu"))
-    with graph.recording():
-        out = body()
-    return graph, out
-
-
-def test_the_emulation_runs_nothing_while_it_records_and_all_when_it_replays():
-    x, y = torch.ones(3), torch.zeros(3)
-    graph, z = record(lambda: y.add_(x) * 2)
-    assert torch.equal(y, torch.zeros(3)) and z.isnan().all()
-    graph.replay()
-    x.fill_(10)
-    graph.replay()
-    assert torch.equal(y, torch.full((3,), 11.0)) and torch.equal(z, 2 * y)
-    assert graph.launches == {"aten::add_": 1, "aten::mul": 1}
-
-
-def test_the_emulation_bakes_numbers_and_addresses():
-    factor, x = [2.0], torch.ones(3)
-    graph, z = record(lambda: x * factor[0])
-    factor[0] = 3.0
-    graph.replay()
-    assert torch.equal(z, torch.full((3,), 2.0))
-    x = torch.ones(3)
-    with pytest.raises(StaleError):
-        graph.replay()
-
-
-def test_the_emulation_poisons_what_nobody_wrote():
-    graph, z = record(lambda: torch.empty(3) + 1)
-    graph.replay()
-    assert z.isnan().all()
-
-
-@pytest.mark.parametrize(
-    "look",
-    [
-        lambda t: t.sum().item(), lambda t: bool((t > 0).any()), lambda t: t.nonzero(),
-        lambda t: t.cpu(), lambda t: t.tolist(), lambda t: t[t > 0], lambda t: torch.equal(t, t),
-        lambda t: torch.tensor(0.5), lambda t: t.masked_select(t > 0), lambda t: t.unique(),
-    ],
-    ids=["item", "bool", "nonzero", "cpu", "tolist", "mask", "equal", "tensor", "select", "unique"],
-)  # fmt: skip
-def test_the_emulation_notices_a_look(look):
-    with pytest.raises(LooksError):
-        record(lambda: look(torch.ones(3)))
-
-
-def test_places_notice_what_moves():
-    tensors = [torch.ones(2, 3), torch.ones(4)]
-    before = placement.places(tensors)
-    assert placement.places(tensors) == before
-    assert placement.places([tensors[0].t(), tensors[1]]) != before
-    assert placement.places([tensors[0], tensors[1].clone()]) != before

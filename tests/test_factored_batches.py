@@ -22,6 +22,7 @@ from tests.families import tiny_model
 from tests.loops import prompt_ids, row_loss, sgd_loop, twin
 from ttt_fast import Batch, DivergedError
 from ttt_fast.naive import naive_adapt
+from ttt_fast.prompts import prompt_batch
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -167,7 +168,7 @@ def test_a_list_that_does_not_go_at_once():
     """Prompts are taken in runs of so many tokens; nobody's numbers change."""
     trainer_options = dict(max_batch_tokens=18)
     trainer = trainer_of(fp64(n_layers=1), **trainer_options)
-    batch = trainer._batch(prompts_of(), None, None, None, None, None, "independent")
+    batch = prompt_batch(trainer.model, None, prompts_of(), deltas="independent")
     session = trainer.begin(n_deltas=5)
     assert len(session.parts(batch)) > 1
     session.abort()

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.families import tiny_model
 from tests.loops import distance, params_of, prompt_ids, row_loss, sgd_loop, twin, weights
 from ttt_fast import RowSlice, Selection, TTTConfig, TTTTrainer, ops, select_parameters
-from ttt_fast.engines import products
+from ttt_fast.engines import dense, products
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.gradients import GradientBuffers
 
@@ -36,11 +36,19 @@ def assert_adapts_as_autograd(model, scope="all", tolerance=1e-12, **options):
 NEVER, ALWAYS = 0.0, 1e12
 
 
-@pytest.fixture(params=[NEVER, ALWAYS], ids=["buffers", "products"], autouse=True)
+PATHS = {"buffers": (NEVER, False), "products": (ALWAYS, False), "factors": (ALWAYS, True)}
+
+
+@pytest.fixture(params=PATHS.values(), ids=PATHS, autouse=True)
 def path(request, monkeypatch):
-    """Every test runs with gradients in buffers and with gradients as products."""
-    monkeypatch.setattr(products, "FLOPS_PER_BYTE", request.param)
-    return request.param
+    """Every test runs with gradients in buffers, as products, and as factors that a kernel takes.
+
+    Plain torch stands in for that kernel.
+    """
+    flops, taken = request.param
+    monkeypatch.setattr(products, "FLOPS_PER_BYTE", flops)
+    monkeypatch.setattr(dense, "takes_factors", lambda device_type, backend: taken)
+    return flops
 
 
 def formed(gradient, like):
@@ -439,6 +447,53 @@ def test_a_long_prompt_goes_to_the_buffer(monkeypatch):
         module.zero_grad()
 
 
+def spy_on(monkeypatch, name, note):
+    """Have ``note`` called with the options of every call of an op."""
+    real = getattr(ops, name)
+
+    def spy(*args, **options):
+        note(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(ops, name, spy)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_kernel_gets_the_factors_of_linears(monkeypatch, request, family):
+    """One call for all matrices but the embeddings, which are looked up."""
+    calls = []
+    real = ops.rank_sgd_
+    monkeypatch.setattr(ops, "rank_sgd_", lambda *a, **k: (calls.append(a[0]), real(*a, **k)))
+    model = tiny_model(family, torch.float64)
+    with TTTTrainer(model, TTTConfig(steps=2, engine="dense")).adapt(IDS):
+        if "factors" not in request.node.callspec.id:
+            assert calls == []
+            return
+        found = {param.data_ptr() for param in calls[0]}
+        looked_up = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+        matrices = {p.data_ptr() for p in model.parameters() if p.dim() == 2}
+        assert len(calls) == 2
+        assert found == matrices - {weight.data_ptr() for weight in looked_up}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(optimizer="adamw"),
+        dict(accumulate="delta"),
+        dict(rounding="torch"),
+        dict(snapshot="undo"),
+    ],
+    ids=str,
+)
+def test_other_updates_form_their_gradients(monkeypatch, options):
+    calls = []
+    spy_on(monkeypatch, "rank_sgd_", calls.append)
+    model = tiny_model("llama", torch.bfloat16)
+    with TTTTrainer(model, TTTConfig(steps=1, engine="dense", **options)).adapt(IDS):
+        assert calls == []
+
+
 SLICES = [
     ("llama_tied", "all"), ("gpt2", "all"), ("opt", "all"), ("gpt_neox", "all"),
     ("gpt2", "query"), ("phi3", "query"), ("gpt_neox", "query"),
@@ -495,8 +550,8 @@ def test_random_bits_differ_between_the_blocks_of_a_step(monkeypatch):
     """Equal rows with equal gradients are rounded alike only by chance."""
     monkeypatch.setattr(products, "CPU_BLOCK_BYTES", 64 * 2)
     seeds = []
-    real = ops.sgd_
-    monkeypatch.setattr(ops, "sgd_", lambda *a, **k: (seeds.append(k["seed"]), real(*a, **k)))
+    for name in ("sgd_", "rank_sgd_"):
+        spy_on(monkeypatch, name, lambda options: seeds.append(options["seed"]))
     model = tiny_model("llama", torch.bfloat16)
     config = TTTConfig(steps=2, rounding="stochastic", seed=10**6, engine="dense")
     with TTTTrainer(model, config).adapt(IDS):

@@ -51,6 +51,13 @@ def arguments_of(name: str) -> tuple[tuple, dict]:
         factors = (torch.randn(6, 3).bfloat16(), torch.randn(6, 4).bfloat16(), torch.randn(6))
         options = {"scale": 0.5, "rounding": "stochastic", "seed": 0}
         return (torch.randn(4, 3).bfloat16(), *factors), options
+    if name == "rank_sgd_":
+        factors = [torch.randn(6, 3), torch.randn(0, 2)], [torch.randn(6, 4), torch.randn(0, 5)]
+        params, buffers = ([torch.randn(4, 3), torch.randn(5, 2)] for _ in range(2))
+        options = {k: v for k, v in shared.items() if k != "maximize"}
+        options |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True, "first_step": False}
+        scalars = torch.tensor(2.0), torch.tensor(0.0), case.landed
+        return (params, *factors, buffers, *scalars), options | {"decoupled_weight_decay": False}
     if name == "rms_norm":
         return (torch.randn(2, 5, 7), torch.rand(2, 7)), {"eps": 1e-5, "round_first": True}
     if name == "rms_norm_backward":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttt_fast.placement import Placement
+from ttt_fast.placement import Placement, places
 
 
 def tied() -> nn.Sequential:
@@ -56,3 +56,11 @@ def test_what_is_noticed(happens, name, now, elsewhere):
     assert change.name == name and change.now.startswith(now) and "float32 (4, 4)" in change.was
     # An address is another without being a change to who does not keep it.
     assert (placement.change(address=False) is not None) is elsewhere
+
+
+def test_places_notice_what_moves():
+    tensors = [torch.ones(2, 3), torch.ones(4)]
+    before = places(tensors)
+    assert places(tensors) == before
+    assert places([tensors[0].t(), tensors[1]]) != before
+    assert places([tensors[0], tensors[1].clone()]) != before

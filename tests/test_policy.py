@@ -25,7 +25,6 @@ CONFIGS = {
         num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-GIB = 2**30
 CPU = default_machine("float32")
 
 

@@ -1,8 +1,6 @@
-"""Snapshot: bit for bit back, in the same memory, or an error that names the parameter."""
+"""Snapshot: bit for bit back, in the same memory."""
 
-import dataclasses
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,67 +9,26 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from tests.snapshot_cases import (
+    DTYPES,
+    FLOATS,
+    WHERE,
+    bits,
+    random_bits,
+    same_bits,
+    scramble,
+    step,
+    weights,
+)
+from tests.update_cases import backend_params
 from ttt_fast import ops
-from ttt_fast.backend import available_backends, backends_on
-from ttt_fast.reference import UNDO_CHUNK
 from ttt_fast.scope import RowSlice, Selection
 from ttt_fast.snapshot import Snapshot
 
-WHERE = ("device", "host", "undo")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int64, torch.float8_e4m3fn)
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.skipif(status != "ok", reason=f"{name}: {status}"))
-        for name, status in available_backends().items()
-        if name in backends_on("cpu")
-    ],
-)
+@pytest.fixture(scope="module", params=backend_params())
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The elements as integers, in memory of their own: == on them compares bits."""
-    return tensor.detach().clone().view(INTEGERS[tensor.element_size()])
-
-
-def same_bits(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(torch.equal(bits(t), e) for t, e in zip(tensors, expected, strict=True))
-
-
-def random_bits(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Any bit pattern: NaN payloads, infinities, -0.0 and denormals included."""
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.empty((), dtype=dtype).element_size()
-    raw = torch.randint(0, 256, (*shape, size), dtype=torch.uint8, generator=generator)
-    return raw.view(dtype).view(tuple(shape))
-
-
-def scramble(tensors: Sequence[Tensor]) -> None:
-    """Change every bit, by something that does not log."""
-    for tensor in tensors:
-        integers = tensor.detach().view(INTEGERS[tensor.element_size()])
-        integers.copy_(~integers)
-
-
-def step(snapshot: Snapshot, lr: float, seed: int, backend: str) -> None:
-    """One SGD step on all weights, logged where the snapshot logs."""
-    generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(view.shape, generator=generator).to(view.dtype) for view in snapshot.views]
-    ops.sgd_(snapshot.views, grads, lr=lr, undo=snapshot.undo, backend=backend)
-
-
-def weights(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Odd sizes, more than one run of an undo log, one strided and one empty tensor."""
-    generator = torch.Generator().manual_seed(1)
-    strided = torch.randn(6, 70, generator=generator).to(dtype).t()
-    shapes = [(1,), (7, 13), (4097,), (2, UNDO_CHUNK + 5), (0, 3)]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes] + [strided]
 
 
 # ---------------------------------------------------------------------------- bitwise
@@ -282,105 +239,6 @@ def test_copies_are_in_one_buffer_per_dtype_each_on_a_cache_line() -> None:
     assert snapshot.nbytes == 64 * ((1 + 2 + 1) + 2 * (1 + 1 + 1) + (1 + 3 + 1))
 
 
-def test_undo_of_small_steps_is_far_below_a_copy_and_says_so(backend: str) -> None:
-    params = [torch.randn(4 * UNDO_CHUNK).to(torch.bfloat16)]
-    full = Snapshot(params, "device", backend=backend).nbytes
-    snapshot = Snapshot(params, "undo", backend=backend)
-    expected = [bits(p) for p in params]
-    for seed in range(10):
-        step(snapshot, 1e-5, seed, backend)
-    n_changed = int((bits(params[0]) != expected[0]).sum())
-    assert n_changed > 0
-    assert 6 * n_changed <= snapshot.nbytes < full / 10
-    assert "1 tensors logged" in snapshot.describe()
-    assert "0 of 4 runs kept whole" in snapshot.describe()
-    assert f"a full copy takes {full} bytes" in snapshot.describe()
-    snapshot.restore()
-    assert same_bits(params, expected)
-    snapshot.take()
-    assert snapshot.nbytes < 100
-
-
-def test_undo_of_large_steps_falls_over_to_whole_runs_and_says_so(backend: str) -> None:
-    params = [torch.randn(4 * UNDO_CHUNK).to(torch.float16), torch.randn(10).to(torch.float16)]
-    snapshot = Snapshot(params, "undo", backend=backend)
-    expected = [bits(p) for p in params]
-    for seed in range(5):
-        step(snapshot, 0.5, seed, backend)
-    assert "5 of 5 runs kept whole" in snapshot.describe()
-    full = sum(p.nbytes for p in params)
-    assert full <= snapshot.nbytes < 1.01 * full
-    snapshot.restore()
-    assert same_bits(params, expected)
-
-
-def test_undo_at_middling_steps_costs_at_most_two_copies(backend: str) -> None:
-    params = [torch.randn(UNDO_CHUNK + 77).to(torch.bfloat16)]
-    snapshot = Snapshot(params, "undo", backend=backend)
-    expected = [bits(p) for p in params]
-    for seed in range(60):
-        step(snapshot, 1e-3, seed, backend)
-    assert snapshot.nbytes <= 2 * params[0].nbytes + 100
-    snapshot.restore()
-    assert same_bits(params, expected)
-
-
-def test_undo_without_16_bit_weights_is_a_copy_and_says_so(
-    backend: str, recwarn: pytest.WarningsRecorder
-) -> None:
-    params = [torch.randn(3), torch.arange(5, dtype=torch.int16)]  # int16: 16 bits but no float
-    expected = [bits(p) for p in params]
-    snapshot = Snapshot(params, "undo", backend=backend)
-    assert snapshot.undo is None
-    assert snapshot.describe() == "undo: no 16-bit weights to log; 2 tensors kept whole, 128 bytes"
-    assert snapshot.nbytes == 128
-    scramble(params)
-    snapshot.restore()
-    assert same_bits(params, expected)
-    assert not recwarn.list
-
-
-def test_undo_of_mixed_dtypes_logs_some_and_copies_others(backend: str) -> None:
-    params = [torch.randn(5), torch.randn(6).to(torch.bfloat16), torch.randn(7).double()]
-    snapshot = Snapshot(params, "undo", backend=backend)
-    assert [copy is None for copy in snapshot.originals] == [False, True, False]
-    assert snapshot.undo.offsets == [-1, 0, -1]
-    assert "1 tensors logged" in snapshot.describe()
-    assert "2 tensors kept whole" in snapshot.describe()
-
-
-def test_undo_log_of_some_entries(backend: str) -> None:
-    params = [torch.randn(n).to(torch.bfloat16) for n in (5, 6, 7)] + [torch.randn(8)]
-    expected = [bits(p) for p in params]
-    snapshot = Snapshot(params, "undo", backend=backend)
-    for group in ([2, 0], [3, 1]):
-        views = [snapshot.views[i] for i in group]
-        grads = [torch.ones_like(view) for view in views]
-        log = snapshot.undo_log(group)
-        assert log.tensors is snapshot.undo.tensors
-        ops.sgd_(views, grads, lr=0.1, undo=log, backend=backend)
-    assert snapshot.undo_log([3]) is None
-    assert not any(torch.equal(bits(p), e) for p, e in zip(params, expected, strict=True))
-    snapshot.restore()
-    assert same_bits(params, expected)
-
-
-@pytest.mark.parametrize("lr", [0.0, 1e-3])
-def test_undo_detects_what_did_not_log(lr: float, backend: str) -> None:
-    params = {name: torch.randn(4097).to(torch.bfloat16) for name in "ab"}
-    expected = [bits(p) for p in params.values()]
-    snapshot = Snapshot(params, "undo", backend=backend)
-    step(snapshot, lr, 0, backend)
-    unlogged = int((bits(params["b"]) == expected[1]).nonzero()[0])
-    params["b"][unlogged] += 1
-    assert not snapshot.verify()
-    message = r"1 weights did not come back \(b, .*does not log to this snapshot; give undo="
-    with pytest.raises(RuntimeError, match=message):
-        snapshot.restore()
-    assert same_bits([params["a"]], expected[:1])
-    assert (bits(params["b"]) != expected[1]).sum() == 1
-
-
 def test_each_device_has_its_own_buffers_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grouping only: tensors without values stand in for a second device."""
     monkeypatch.setattr("ttt_fast.snapshot._obstacle", lambda tensor: None)
@@ -530,152 +388,3 @@ def test_inference_mode_on_either_side(backend: str) -> None:
         with torch.inference_mode():
             snapshot.restore()
         assert same_bits(params, expected)
-
-
-# ---------------------------------------------------------------------------- what it refuses
-
-
-def _cast(model: nn.Module) -> None:
-    model[1].half()
-
-
-def _moved(model: nn.Module) -> None:
-    model[1].weight.data = model[1].weight.data.clone()
-
-
-def _transposed(model: nn.Module) -> None:
-    model[1].weight.data = model[1].weight.data.t()
-
-
-def _resized(model: nn.Module) -> None:
-    model[1].weight.data = model[1].weight.data[:2, :2]  # at the same address
-
-
-def _freed(model: nn.Module) -> None:
-    model[1].weight.untyped_storage().resize_(0)
-
-
-def _to_meta(model: nn.Module) -> None:
-    model[1].to("meta")
-
-
-def _replaced(model: nn.Module) -> None:
-    model[1].weight = nn.Parameter(model[1].weight.detach())
-
-
-def _deleted(model: nn.Module) -> None:
-    del model[1].weight
-
-
-def _retied(model: nn.Module) -> None:
-    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
-
-
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize(
-    ("change", "name", "now"),
-    [
-        (_cast, "1.weight", "is float16 (3, 3)"),
-        (_moved, "1.weight", "is float32 (3, 3)"),
-        (_transposed, "1.weight", "strides (1, 3)"),
-        (_resized, "1.weight", "is float32 (2, 2)"),
-        (_freed, "1.weight", "address 0x0"),
-        (_to_meta, "1.weight", "is another tensor"),
-        (_replaced, "1.weight", "is another tensor"),
-        (_deleted, "1.weight", "is gone"),
-        (_retied, "2.weight", "is another tensor"),
-    ],
-)
-def test_changed_parameters_are_named_and_nothing_is_written(
-    where: str, change: Callable[[nn.Module], None], name: str, now: str
-) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False), nn.Linear(3, 3))
-    model[2].weight = model[0].weight
-    snapshot = Snapshot(model, where)
-    assert snapshot.verify()
-    first, last = model[0].weight, model[2].bias
-    scramble([first, last])
-    expected = [bits(first), bits(last)]
-    kept = [bits(copy) for copy in snapshot.originals]
-    change(model)
-    for action in (snapshot.restore, snapshot.take, snapshot.verify):
-        message = f"Snapshot.{action.__name__}: {name} was float32 (3, 3) "
-        with pytest.raises(RuntimeError, match=re.escape(message)) as error:
-            action()
-        assert now in str(error.value)
-        assert "Nothing was written; bring it back or make a new Snapshot" in str(error.value)
-    assert same_bits([first, last], expected)
-    assert same_bits(snapshot.originals, kept)
-
-
-def test_a_parameter_that_is_brought_back_can_be_restored() -> None:
-    model = nn.Linear(3, 3)
-    expected = [bits(p) for p in model.parameters()]
-    snapshot = Snapshot(model)
-    weight = model.weight
-    scramble([weight])
-    model.weight = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(RuntimeError, match="weight was float32"):
-        snapshot.restore()
-    model.weight = weight
-    snapshot.restore()
-    assert same_bits(list(model.parameters()), expected)
-
-
-def test_replacement_is_noticed_for_a_list_when_the_module_is_given() -> None:
-    model = nn.Linear(3, 3)
-    snapshot = Snapshot([model.weight], module=model)
-    model.weight = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(RuntimeError, match="weight was float32"):
-        snapshot.restore()
-
-
-def _inference_tensor() -> Tensor:
-    with torch.inference_mode():
-        return torch.zeros(2)
-
-
-@dataclasses.dataclass
-class NotATensor:
-    param: int = 3
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: torch.empty(2, device="meta"), "b is on the meta device and has no values"),
-        (lambda: torch.eye(2).to_sparse(), r"b is not dense \(torch.sparse_coo\)"),
-        (lambda: torch.zeros(2, dtype=torch.complex64), "b is torch.complex64; pass torch.view_as"),
-        (_inference_tensor, "b is an inference tensor; load the model outside"),
-        (lambda: torch.zeros(1).expand(2), "b is expanded, one element stands for many"),
-        (lambda: nn.LazyLinear(2).weight, "b is not initialised yet; run the model once"),
-        (
-            lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
-            r"b is quantised \(torch.qint8\)",
-        ),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-def test_tensors_that_cannot_be_kept_are_named(make: Callable[[], Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=f"Snapshot: {message}"):
-        Snapshot({"a": torch.zeros(2), "b": make()})
-
-
-def test_a_tensor_without_memory_is_named() -> None:
-    param = torch.ones(3)
-    param.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"param 1 has no memory of its own \(Tensor\)"):
-        Snapshot([torch.ones(2), param])
-
-
-def test_arguments_that_are_not_understood() -> None:
-    with pytest.raises(ValueError, match="where='disk' is unknown; use one of 'device', 'host'"):
-        Snapshot([torch.zeros(2)], "disk")
-    with pytest.raises(TypeError, match="params is a single tensor"):
-        Snapshot(torch.zeros(2))
-    with pytest.raises(TypeError, match="param 1 is a int; pass tensors"):
-        Snapshot([torch.zeros(2), 3])
-    with pytest.raises(TypeError, match="param 0 is a int; pass tensors"):
-        Snapshot([NotATensor()])
-    with pytest.raises(ValueError, match="backend='vulkan' is unknown"):
-        Snapshot([torch.zeros(2)], backend="vulkan")

@@ -11,24 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ttt_fast.batch import Batch, as_prompts, complete_batch, forward_arguments, pad_rows
+from ttt_fast.batch import Batch, complete_batch, forward_arguments, pad_rows
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.deltas import Trajectory
 from ttt_fast.engines.policy import Choice
 from ttt_fast.frozen_keys import FrozenKeys
+from ttt_fast.interrupt import uninterrupted
 from ttt_fast.keys_values import KeptPrompts
+from ttt_fast.model_state import evaluating, holder, release
 from ttt_fast.objective import Objective
 from ttt_fast.profiling import Phases
-from ttt_fast.session import (
-    Engine,
-    evaluate,
-    evaluating,
-    holder,
-    parts_of,
-    release,
-    unadapted_keys,
-    uninterrupted,
-)
+from ttt_fast.prompts import as_prompts
+from ttt_fast.session import Engine, evaluate, parts_of, unadapted_keys
 
 if TYPE_CHECKING:
     from ttt_fast.factored_adaptation import FactoredAdaptation

@@ -23,7 +23,8 @@ from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines import deltas
 from ttt_fast.engines.factored import FactoredEngine
-from ttt_fast.engines.factors import Inputs, MatrixFactors, Rows, Track, VectorFactors
+from ttt_fast.engines.factors import Inputs, MatrixFactors, Track, VectorFactors
+from ttt_fast.engines.rows import Rows
 from ttt_fast.scope import RowSlice, Selection, select_parameters
 
 _FORMAT = 1
@@ -235,7 +236,8 @@ def _open(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             about = (file.metadata() or {}).get(_KEY)
-            tensors = {} if about is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = [] if about is None else file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"load: {os.fspath(path)} is not a safetensors file ({error}).") from error
     if about is None:

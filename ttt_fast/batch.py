@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +16,10 @@ from torch import Tensor, nn
 from ttt_fast.span_cache import SpanCache
 
 IGNORE_INDEX = -100
-_TOKEN_FIELDS = ("labels", "attention_mask", "position_ids", "token_weights")
+
+EMPTY_PROMPT = (
+    "adapt: the prompt is empty, so there is nothing to learn from. Give at least two tokens."
+)
 
 
 @dataclass(frozen=True)
@@ -252,10 +254,7 @@ def _integer_ids(input_ids: Tensor) -> Tensor:
             f"adapt: input_ids has shape {tuple(input_ids.shape)}; it must be (rows, tokens)."
         )
     if input_ids.numel() == 0:
-        raise ValueError(
-            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two"
-            " tokens."
-        )
+        raise ValueError(EMPTY_PROMPT)
     # A clone of an inference tensor made outside inference mode is an ordinary tensor.
     return input_ids.clone().long() if input_ids.is_inference() else input_ids.long()
 
@@ -381,74 +380,3 @@ def pad_rows(rows: Sequence[Tensor], pad_value: int, side: str = "left") -> tupl
         out[n, span] = row
         mask[n, span] = 1
     return out, mask
-
-
-def as_prompts(prompt: Any, tokenizer: Any = None) -> tuple[list[Tensor], Mapping[str, Tensor]]:
-    """Turn a user's prompt into rows of ids and the other fields of a tokenizer's output.
-
-    Accepts text or a list of texts (with a tokenizer), a tensor (T,) or (N, T), lists of ids, a
-    list of tensors, and the mapping that a tokenizer returns.
-
-    Returns:
-        rows, each (T,) int64, and further fields ("attention_mask", ...) of a mapping.
-    """
-    extra: Mapping[str, Tensor] = {}
-    if isinstance(prompt, Mapping):
-        if "input_ids" not in prompt:
-            raise ValueError(f"adapt: got a mapping with {sorted(prompt)}; it needs 'input_ids'.")
-        fields_given = {
-            name: _field(name, prompt[name]) for name in _TOKEN_FIELDS if name in prompt
-        }
-        extra = {name: value for name, value in fields_given.items() if value is not None}
-        prompt = prompt["input_ids"]
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if isinstance(prompt, np.ndarray):
-        prompt = torch.as_tensor(prompt)
-    if isinstance(prompt, Tensor):
-        if prompt.dim() not in (1, 2):
-            raise ValueError(
-                f"adapt: input_ids has shape {tuple(prompt.shape)}; it must be (tokens,) or (rows,"
-                " tokens)."
-            )
-        prompt = list(prompt if prompt.dim() == 2 else prompt[None])
-    if not isinstance(prompt, Sequence):
-        raise TypeError(
-            f"adapt: got {type(prompt).__name__}; give token ids, a tokenizer's output, or text"
-            " with a tokenizer."
-        )
-    if len(prompt) == 0:
-        raise ValueError(
-            "adapt: the prompt is empty, so there is nothing to learn from. Give at least two"
-            " tokens."
-        )
-    if all(isinstance(item, str) for item in prompt):
-        if tokenizer is None:
-            raise ValueError(
-                "adapt: got text but the trainer has no tokenizer. Pass TTTTrainer(model, config, "
-                "tokenizer=tokenizer), or token ids."
-            )
-        return [torch.tensor(tokenizer(item)["input_ids"]) for item in prompt], extra
-    if all(isinstance(item, int) for item in prompt):
-        return [torch.tensor(prompt)], extra
-    rows = [torch.as_tensor(item) for item in prompt]
-    for n, row in enumerate(rows):
-        if row.dim() == 2 and row.shape[0] == 1:
-            rows[n] = row[0]
-        elif row.dim() != 1:
-            raise ValueError(
-                f"adapt: prompt {n} has shape {tuple(row.shape)}; each prompt of a list is"
-                " (tokens,)."
-            )
-    return rows, extra
-
-
-def _field(name: str, value: Any) -> Tensor | None:
-    """A tokenizer's field as a tensor; None for masks of ones, ragged like the ids."""
-    if isinstance(value, Sequence) and len({np.size(row) for row in value}) > 1:
-        if name == "attention_mask" and all(np.all(row) for row in value):
-            return None
-        raise ValueError(
-            f"adapt: {name} has rows of different lengths; pad them (tokenizer(..., padding=True))."
-        )
-    return torch.as_tensor(np.asarray(value) if isinstance(value, Sequence) else value)

@@ -70,6 +70,13 @@ SCHEMAS: dict[str, OpSchema] = {
         "int seed",
         mutated=("weight",), backends=("torch", "triton"),
     ),
+    "rank_sgd_": OpSchema(
+        "Tensor(a!)[] params, Tensor[] xs, Tensor[] dys, Tensor(b!)[] momentum_buffers, "
+        "Tensor? grad_norm, Tensor? found_inf, Tensor(c!)? landed, *, float lr, float momentum, "
+        "float dampening, bool nesterov, float weight_decay, bool decoupled_weight_decay, "
+        "bool first_step, float max_grad_norm, str rounding, int seed",
+        mutated=("params", "momentum_buffers"), backends=("torch", "triton"),
+    ),
     "nll_": OpSchema(
         "Tensor(a!) logits, Tensor targets, *, int ignore_index", "Tensor", mutated=("logits",),
         backends=_NOT_CUDA,

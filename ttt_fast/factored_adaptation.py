@@ -16,10 +16,11 @@ from ttt_fast import adaptation_file
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.engines import deltas
 from ttt_fast.engines.inner_products import InnerProducts
+from ttt_fast.interrupt import uninterrupted
 from ttt_fast.lora import LoraAdapter, lora_adapter
+from ttt_fast.model_state import hold, holder, release, require_free
 from ttt_fast.objective import Objective, negative_log_likelihood
 from ttt_fast.profiling import Phases
-from ttt_fast.session import hold, holder, release, require_free, uninterrupted
 from ttt_fast.snapshot import Snapshot
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ttt_fast.engines import deltas
-from ttt_fast.engines.factored import owning_modules
+from ttt_fast.engines.factorable import owning_modules
 from ttt_fast.engines.factors import MatrixFactors, VectorFactors
 
 _PREFIX = "base_model.model."

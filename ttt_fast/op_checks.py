@@ -143,3 +143,23 @@ def check_factors(
             raise ValueError(
                 f"{op}: {name} is on {tensor.device}, other tensors on {device}; move it there."
             )
+
+
+def check_pairs(
+    op: str, params: Sequence[Tensor], xs: Sequence[Tensor], dys: Sequence[Tensor]
+) -> None:
+    """Each weight (out, in), or (k, out / k, in), must have an x (R, in) and a dy (R, out)."""
+    if not len(params) == len(xs) == len(dys):
+        raise ValueError(
+            f"{op}: got {len(params)} params, {len(xs)} xs and {len(dys)} dys; give one of each for"
+            " every weight."
+        )
+    for i, (param, x, dy) in enumerate(zip(params, xs, dys, strict=True)):
+        if param.dim() not in (2, 3):
+            raise ValueError(
+                f"{op}: params[{i}] has shape {tuple(param.shape)}; it must be (out, in) or "
+                "(k, out / k, in)."
+            )
+        factors = [(f"xs[{i}]", x, ("R", "in"), ()), (f"dys[{i}]", dy, ("R", "out"), ())]
+        sizes = {"out": param.shape[:-1].numel(), "in": param.shape[-1]}
+        check_factors(op, param, factors, sizes)

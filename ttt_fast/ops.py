@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttt_fast import placement, reference
+from ttt_fast import placement
 from ttt_fast.dispatch import (
     SCHEMAS,
     backend_for,
@@ -21,14 +21,22 @@ from ttt_fast.dispatch import (
     choose_for_update,
     implementation,
 )
-from ttt_fast.op_checks import COEFFICIENTS, DTYPES, ROUNDINGS, check_factors, check_update
+from ttt_fast.layer_ops import glu, glu_backward, rms_norm, rms_norm_backward, rotary
+from ttt_fast.op_checks import (
+    COEFFICIENTS,
+    DTYPES,
+    ROUNDINGS,
+    check_factors,
+    check_pairs,
+    check_update,
+)
 from ttt_fast.reference import compute_dtype
 from ttt_fast.undo import UndoLog
 
 __all__ = [
     "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
     "glu", "glu_backward", "grad_norm", "gram_norm", "gram_norms", "implementation", "nll_",
-    "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
+    "rank_sgd_", "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 
@@ -419,6 +427,81 @@ def rank_update_(
 
 
 @torch.no_grad()
+def rank_sgd_(
+    params: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    first_step: bool = False,
+    grad_norm: Tensor | None = None,
+    max_grad_norm: float | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    found_inf: Tensor | None = None,
+    landed: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One SGD step on weights whose gradients are products of factors:  g = dyᵀ x.
+
+    :func:`sgd_` of the gradients in the compute type, which in "triton" are nowhere in memory;
+    "torch" forms them.
+
+    Args:
+        params: n weights, (out, in) or, as slices of a fused projection are, (k, out / k, in); any
+            strides. Mutated.
+        xs: n layer inputs, (R, in), dtype of their weight. R may be 0.
+        dys: n gradients at the layer's output, (R, out), likewise.
+        momentum_buffers: see :func:`sgd_`, as all that follow. Mutated.
+        lr: step size.
+        momentum: momentum factor μ.
+        dampening: dampening of momentum.
+        nesterov: use Nesterov momentum.
+        weight_decay: L2 coefficient.
+        decoupled_weight_decay: decay the weight itself instead of adding to the gradient.
+        first_step: the momentum buffers are to be initialised.
+        grad_norm: norm of all gradients of the step (:func:`gram_norms`); needed to clip.
+        max_grad_norm: clip threshold, None for no clipping.
+        rounding: "nearest" or "stochastic"; the bits are those of :func:`sgd_`.
+        seed: counter of the random bits.
+        found_inf: where it is not 0 nothing is changed.
+        landed: (2,) float64, added to.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: lists do not pair up, unsupported dtype or option.
+    """
+    if momentum and len(momentum_buffers) == 0 and len(params) > 0:
+        raise ValueError(f"rank_sgd_: momentum={momentum} needs momentum_buffers; got none.")
+    if max_grad_norm is not None and grad_norm is None:
+        raise ValueError(
+            "rank_sgd_: max_grad_norm needs grad_norm; compute it from ops.gram_norms(xs, dys)."
+        )
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(
+            f"rank_sgd_: rounding={rounding!r} is unknown; use 'nearest' or 'stochastic'."
+        )
+    states = {"momentum_buffers": momentum_buffers} if momentum else {}
+    # The gradients are not there to be checked; their factors follow.
+    check_update("rank_sgd_", params, params, states, (), (), rounding, None)
+    check_pairs("rank_sgd_", params, xs, dys)
+    torch.ops.ttt_fast.rank_sgd_(
+        list(params), list(xs), list(dys), list(momentum_buffers) if momentum else [], grad_norm,
+        found_inf, landed, lr=float(lr), momentum=float(momentum), dampening=float(dampening),
+        nesterov=nesterov, weight_decay=float(weight_decay),
+        decoupled_weight_decay=decoupled_weight_decay, first_step=first_step,
+        max_grad_norm=-1.0 if max_grad_norm is None else float(max_grad_norm), rounding=rounding,
+        seed=seed, backend=choose_for("rank_sgd_", params, backend),
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def nll_(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str = "auto"
 ) -> Tensor:
@@ -461,189 +544,6 @@ def nll_(
         logits, targets, ignore_index=ignore_index,
         backend=choose("nll_", logits.device.type, backend),
     )  # fmt: skip
-
-
-@torch.no_grad()
-def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float, round_first: bool = False, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Root mean square norm with a weight for each delta:  y = w ∘ x / sqrt(mean(x²) + ε).
-
-    Zhang and Sennrich (2019). Arithmetic is in the compute type whatever the dtype; y is rounded
-    once, twice with ``round_first``.
-
-    Args:
-        x: (B, M, D).
-        weight: (B, D), of the compute type.
-        eps: ε.
-        round_first: round x / rms to the dtype of x before it is multiplied by the weight, as
-            Llama and most families do; Gemma and OLMo 2 do not.
-        backend: "auto", "torch", "cpp" or "triton".
-
-    Returns:
-        y as x, and 1 / rms, (B, M) of the compute type, which the backward needs.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
-    """
-    chosen = _rms_norm_backend("rms_norm", x, weight, [], backend)
-    return torch.ops.ttt_fast.rms_norm(
-        x.contiguous(), weight.contiguous(), eps=eps, round_first=round_first, backend=chosen
-    )
-
-
-def rms_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    *,
-    round_first: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`rms_norm` for dy at y.
-
-        dx = (g − x̂·mean(g ∘ x̂)) / rms,   dw = Σ_tokens dy ∘ x̂,   g = w ∘ dy,   x̂ = x / rms
-
-    Args:
-        dy: (B, M, D), as x.
-        x: what the forward was given.
-        weight: likewise.
-        rstd: 1 / rms, as the forward returned it.
-        round_first: as in the forward; in dw, x̂ is rounded with it.
-        backend: "auto", "torch", "cpp" or "triton".
-
-    Returns:
-        dx as x, and dw (B, D) of the compute type.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
-    """
-    more = [("dy", dy, ("B", "M", "D"), ()), ("rstd", rstd, ("B", "M"), (compute_dtype(x.dtype),))]
-    chosen = _rms_norm_backend("rms_norm_backward", x, weight, more, backend)
-    return torch.ops.ttt_fast.rms_norm_backward(
-        dy.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous(),
-        round_first=round_first, backend=chosen,
-    )  # fmt: skip
-
-
-def _rms_norm_backend(op: str, x: Tensor, weight: Tensor, more: list, backend: str) -> str:
-    wide = (compute_dtype(x.dtype),)
-    tensors = [("x", x, ("B", "M", "D"), ()), ("weight", weight, ("B", "D"), wide), *more]
-    check_factors(op, x, tensors, {})
-    return choose(op, x.device.type, backend)
-
-
-@torch.no_grad()
-def glu(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str = "auto") -> Tensor:
-    """Gated linear unit of two projections:  y = round(act(gate)) ∘ up.
-
-    Shazeer (2020): SwiGLU with "silu", GeGLU with "gelu_tanh". Arithmetic is in the compute type;
-    act(gate) is rounded to the storage type, as models' own code does.
-
-    Args:
-        gate: any shape.
-        up: of the shape and dtype of gate.
-        activation: "silu", or "gelu_tanh" (GELU in its tanh form).
-        backend: "auto", "torch", "cpp" or "triton".
-
-    Returns:
-        y as gate.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not agree, the activation is unknown, or the
-            backend cannot run there.
-    """
-    chosen = _glu_backend("glu", [("gate", gate), ("up", up)], activation, backend)
-    return torch.ops.ttt_fast.glu(
-        gate.contiguous(), up.contiguous(), activation=activation, backend=chosen
-    )
-
-
-def glu_backward(
-    dy: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`glu`:  dgate = dy ∘ up ∘ act′(gate),   dup = dy ∘ round(act(gate)).
-
-    Args:
-        dy: gradient at y.
-        gate: what the forward was given.
-        up: likewise.
-        activation: as in the forward.
-        backend: "auto", "torch", "cpp" or "triton".
-
-    Returns:
-        dgate and dup, as gate.
-
-    Raises:
-        ValueError: as in the forward.
-    """
-    tensors = [("gate", gate), ("up", up), ("dy", dy)]
-    chosen = _glu_backend("glu_backward", tensors, activation, backend)
-    return torch.ops.ttt_fast.glu_backward(
-        dy.contiguous(), gate.contiguous(), up.contiguous(), activation=activation, backend=chosen
-    )
-
-
-def _glu_backend(op: str, tensors: list[tuple[str, Tensor]], activation: str, backend: str) -> str:
-    gate = tensors[0][1]
-    if activation not in reference.GLU_ACTIVATIONS:
-        known = ", ".join(map(repr, reference.GLU_ACTIVATIONS))
-        raise ValueError(f"{op}: activation={activation!r} is unknown; use one of {known}.")
-    axes = tuple(f"n{i}" for i in range(gate.dim()))
-    check_factors(op, gate, [(name, tensor, axes, ()) for name, tensor in tensors], {})
-    return choose(op, gate.device.type, backend)
-
-
-@torch.no_grad()
-def rotary(
-    x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False, backend: str = "auto"
-) -> Tensor:
-    """Rotary positions of queries or keys:  y = x ∘ cos + rotate_half(x) ∘ sin.
-
-    Su et al. (2021), with the halves of a head as pairs: for a = x[:R/2] and b = x[R/2:R],
-    y[:R/2] = a ∘ cos₁ − b ∘ sin₁ and y[R/2:R] = b ∘ cos₂ + a ∘ sin₂; columns from R on stay as
-    they are (GPT-NeoX, Phi). The gradient at x is the transpose of this map applied to the one at
-    y, which is the map of −sin if the halves of cos and of sin are equal, as they usually are:
-
-        y[:R/2] = a ∘ cos₁ + b ∘ sin₂,   y[R/2:R] = b ∘ cos₂ − a ∘ sin₁      with ``transposed``
-
-    Arithmetic is in the compute type; products are rounded to the dtype of cos and the sum to that
-    of x, as models' own code does, so that all backends give the same bits.
-
-    Args:
-        x: (B, H, T, D), its rows consecutive; any other strides (else it is copied).
-        cos: (B, T, R), or (1, T, R) for all rows of the batch; R even, at most D; dtype of x or
-            its compute type.
-        sin: likewise, as cos.
-        transposed: apply the transpose.
-        backend: "auto", "torch", "cpp" or "triton".
-
-    Returns:
-        y as x, also in the order of memory, as results of torch's own operations.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
-    """
-    angles: tuple[str, ...] = ("B", "T", "R")
-    sizes: dict[str, int] = {}
-    if cos.shape[:1] == (1,):
-        angles, sizes = ("1", "T", "R"), {"1": 1}
-    tensors = [
-        ("x", x, ("B", "H", "T", "D"), ()),
-        ("cos", cos, angles, (x.dtype, compute_dtype(x.dtype))),
-        ("sin", sin, angles, (cos.dtype,)),
-    ]
-    check_factors("rotary", x, tensors, sizes)
-    turned, width = cos.shape[-1], x.shape[-1]
-    if turned % 2 or turned > width:
-        raise ValueError(
-            f"rotary: cos has {turned} columns; they must be even, at most the {width} of x."
-        )
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
-    return torch.ops.ttt_fast.rotary(
-        x, cos, sin, transposed=transposed, backend=choose("rotary", x.device.type, backend)
-    )
 
 
 @torch.no_grad()

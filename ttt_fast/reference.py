@@ -16,6 +16,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw as _torch_adamw
 from torch.optim.sgd import sgd as _torch_sgd
 
+from ttt_fast.layer_reference import glu, glu_backward, rms_norm, rms_norm_backward, rotary
+from ttt_fast.rounding import GOLDEN64, MASK32, compute_dtype, random_bits, round_stochastic
+
+__all__ = [
+    "adamw_", "checksum", "copy_", "delta_linear", "glu", "glu_backward", "grad_norm", "gram_norm",
+    "gram_norms", "nll_", "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_",
+    "undo_restore_",
+]  # fmt: skip
+
 # An undo log works on runs of this many elements; a run of which more than a third changed is kept
 # whole.
 UNDO_CHUNK = 65536
@@ -29,72 +38,7 @@ NLL_SMALLEST = 2.0**-100
 # It works on this many logits at a time.
 NLL_ELEMENTS = 1 << 24
 
-_MASK32 = 0xFFFFFFFF
-_GOLDEN64 = 0x9E3779B97F4A7C15
 _BITS_DTYPE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which an op computes on storage of type ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# ---------------------------------------------------------------------------- random bits
-
-
-def _splitmix64(x: int) -> int:
-    """Finaliser of the SplitMix64 generator (Steele et al., 2014) on a 64-bit integer."""
-    x = (x + _GOLDEN64) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
-
-
-def _lowbias32(x: Tensor) -> Tensor:
-    """Mix 32-bit integers held in int64 (Wellons' "lowbias32" hash)."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
-
-
-def random_bits(
-    seed: int, tensor_index: int, numel: int, device: torch.device, start: int = 0
-) -> Tensor:
-    """Counter-based random bits: 32 for each element, the same on every backend.
-
-        key = splitmix64(splitmix64(seed) + tensor_index)
-        bits_i = h(h(lo(i) ^ lo(key)) ^ (hi(key) + hi(i)·0x9E3779B9)),   h = lowbias32
-
-    Returns:
-        (numel,) int64, values below 2³², for i = start, start + 1, ...
-    """
-    key = _splitmix64((_splitmix64(seed & 0xFFFFFFFFFFFFFFFF) + tensor_index) & 0xFFFFFFFFFFFFFFFF)
-    i = torch.arange(start, start + numel, dtype=torch.int64, device=device)
-    high = ((key >> 32) + (i >> 32) * 0x9E3779B9) & _MASK32
-    return _lowbias32(_lowbias32((i & _MASK32) ^ (key & _MASK32)) ^ high)
-
-
-def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Round float32 to ``dtype`` up or down with probability in proportion to the distance.
-
-    bfloat16 and normal float16: add random bits below the last kept one and cut. Subnormal float16:
-    floor(|x|·2²⁴ + u), u of 13 bits. Infinities, NaN and wider types are rounded to nearest.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return x.to(dtype)
-    cut = 16 if dtype == torch.bfloat16 else 13
-    mask = (1 << cut) - 1
-    noise = (bits & mask).reshape(x.shape)
-    raw = x.contiguous().view(torch.int32).to(torch.int64) & _MASK32
-    kept = (raw + noise) & (_MASK32 ^ mask)
-    kept = torch.where(kept >= 1 << 31, kept - (1 << 32), kept).to(torch.int32)
-    rounded = kept.view(torch.float32).to(dtype)
-    if dtype == torch.float16:
-        small = torch.floor(x.abs() * 2.0**24 + noise.to(torch.float32) * 2.0**-13) * 2.0**-24
-        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(small, x).to(dtype), rounded)
-    return torch.where(x.isfinite(), rounded, x.to(dtype))
 
 
 # ---------------------------------------------------------------------------- pieces of an update
@@ -450,6 +394,39 @@ def rank_update_(
             first += block.shape[0]
 
 
+def rank_sgd_(
+    params: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] = (),
+    grad_norm: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    landed: Tensor | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    first_step: bool = False,
+    max_grad_norm: float = -1.0,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> None:
+    """See :func:`ttt_fast.ops.rank_sgd_`, which checks the arguments."""
+    grads = []
+    for param, x, dy in zip(params, xs, dys, strict=True):
+        wide = compute_dtype(param.dtype)
+        grads.append(dy.to(wide).t().mm(x.to(wide)).view(param.shape))
+    sgd_(
+        params, grads, momentum_buffers, grad_norm=grad_norm, found_inf=found_inf, landed=landed,
+        lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov,
+        weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay,
+        first_step=first_step, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed,
+    )  # fmt: skip
+
+
 def nll_(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """See :func:`ttt_fast.ops.nll_`.
 
@@ -480,86 +457,6 @@ def nll_(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor
         e.masked_fill_(e.abs() < NLL_SMALLEST * total, 0.0).mul_(1.0 / total)
         block.copy_(e.masked_fill_(~kept[:, None], 0.0))
     return losses
-
-
-# ---------------------------------------------------------------------------- rms_norm
-
-
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    """See :func:`ttt_fast.ops.rms_norm`."""
-    wide = x.to(compute_dtype(x.dtype))
-    rstd = 1.0 / (wide.square().mean(-1) + eps).sqrt()
-    normalised = _rounded(wide * rstd[..., None], x.dtype, round_first)
-    return (normalised * weight[:, None]).to(x.dtype), rstd
-
-
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, round_first: bool
-) -> tuple[Tensor, Tensor]:
-    """See :func:`ttt_fast.ops.rms_norm_backward`."""
-    wide, factor = dy.to(rstd.dtype), rstd[..., None]
-    normalised = x.to(rstd.dtype) * factor
-    g = wide * weight[:, None]
-    dx = (g - normalised * (g * normalised).mean(-1, keepdim=True)) * factor
-    return dx.to(x.dtype), (wide * _rounded(normalised, x.dtype, round_first)).sum(1)
-
-
-def _rounded(normalised: Tensor, dtype: torch.dtype, round_first: bool) -> Tensor:
-    return normalised.to(dtype).to(normalised.dtype) if round_first else normalised
-
-
-# ---------------------------------------------------------------------------- glu
-
-
-def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation and its derivative."""
-    s = torch.sigmoid(x)
-    # 1 − s has few digits left where s is nearly 1.
-    return x * s, s + x * (s * torch.sigmoid(-x))
-
-
-def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x·s(u) with u = 2·sqrt(2/π)·(x + 0.044715·x³): (1 + tanh z) / 2 is s(2z)."""
-    scale = 1.5957691216057308
-    u = scale * (x + 0.044715 * (x * x * x))
-    s, slope = torch.sigmoid(u), scale * (1.0 + 3.0 * 0.044715 * (x * x))
-    return x * s, s + x * (s * torch.sigmoid(-u)) * slope
-
-
-GLU_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
-
-
-def glu(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
-    """See :func:`ttt_fast.ops.glu`."""
-    wide = compute_dtype(gate.dtype)
-    act, _ = GLU_ACTIVATIONS[activation](gate.to(wide))
-    return (act.to(gate.dtype).to(wide) * up.to(wide)).to(gate.dtype)
-
-
-def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, *, activation: str) -> tuple[Tensor, Tensor]:
-    """See :func:`ttt_fast.ops.glu_backward`."""
-    wide = compute_dtype(gate.dtype)
-    act, derivative = GLU_ACTIVATIONS[activation](gate.to(wide))
-    dgate = dy.to(wide) * up.to(wide) * derivative
-    return dgate.to(gate.dtype), (dy.to(wide) * act.to(gate.dtype).to(wide)).to(gate.dtype)
-
-
-# ---------------------------------------------------------------------------- rotary
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> Tensor:
-    """See :func:`ttt_fast.ops.rotary`."""
-    wide, turned = compute_dtype(x.dtype), cos.shape[-1]
-    half = turned // 2
-    c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]
-    if transposed:
-        s = -s.roll(half, -1)
-    parts = x[..., :turned].to(wide)
-    partners = torch.cat((-parts[..., half:], parts[..., :half]), -1)
-    y = torch.empty_like(x)
-    y[..., :turned] = _rounded(parts * c, cos.dtype, True) + _rounded(partners * s, cos.dtype, True)
-    y[..., turned:] = x[..., turned:]
-    return y
 
 
 # ---------------------------------------------------------------------------- copies and undo
@@ -604,7 +501,7 @@ def undo_restore_(
     """See :func:`ttt_fast.ops.undo_restore_`."""
     index, value, cursor, _, paged, pages = undo
     used = int(cursor)
-    where = index[:used].to(torch.int64) & _MASK32
+    where = index[:used].to(torch.int64) & MASK32
     for param, offset in zip(params, undo_offsets, strict=True):
         if offset < 0:
             continue
@@ -636,12 +533,12 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
         0-dim int64 on the CPU.
     """
     total = torch.zeros((), dtype=torch.int64)
-    phi = _GOLDEN64 - (1 << 64)
+    phi = GOLDEN64 - (1 << 64)
     for t, tensor in enumerate(tensors):
         bits = tensor.detach().contiguous().flatten().view(_BITS_DTYPE[tensor.element_size()])
         z = bits.to(torch.int64)
         z = z + torch.arange(1, z.numel() + 1, dtype=torch.int64, device=z.device) * phi
         z *= 0xD6E8FEB86659FD93 - (1 << 64)
-        z = (z ^ ((z >> 32) & _MASK32)) * (0xD6E8FEB86659FD93 - (1 << 64))
+        z = (z ^ ((z >> 32) & MASK32)) * (0xD6E8FEB86659FD93 - (1 << 64))
         total += z.sum().cpu() * (2 * t + 1)
     return total

@@ -11,8 +11,6 @@ text that was just scored. Whatever happens inside, the weights come back bit fo
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +29,8 @@ from ttt_fast.engines.policy import Choice
 from ttt_fast.engines.prefix import FrozenPrefix
 from ttt_fast.frozen_keys import FrozenKeys, complete_contexts, prefill
 from ttt_fast.history import History
+from ttt_fast.interrupt import uninterrupted
+from ttt_fast.model_state import evaluating, hold, release, require_free, training
 from ttt_fast.objective import Objective, delta_losses, fused_reduction
 from ttt_fast.profiling import Phases
 from ttt_fast.reference import compute_dtype
@@ -401,92 +401,6 @@ def parts_of(
     return batch.runs(config.max_batch_tokens, None if choice is None else choice.deltas_at_once)
 
 
-# ---------------------------------------------------------------------------- the model's state
-
-
-class _Hold:
-    """Who holds a model's weights. Kept on the model, so that the two are collected together."""
-
-    def __init__(self, owner: Any = None) -> None:
-        self.owner = owner
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hold:
-        # A copy of the model has weights of its own, which nobody holds.
-        return _Hold()
-
-    def __reduce__(self) -> tuple[type[_Hold], tuple[()]]:
-        return _Hold, ()
-
-
-def hold(model: nn.Module, owner: Any) -> None:
-    """Note that a session or an adaptation holds the model's weights."""
-    vars(model)["_ttt_fast_hold"] = _Hold(owner)
-
-
-def holder(model: nn.Module) -> Any:
-    """The session or adaptation that holds the model's weights, None if it is free."""
-    return getattr(vars(model).get("_ttt_fast_hold"), "owner", None)
-
-
-def release(model: nn.Module) -> None:
-    """Forget who holds the model."""
-    vars(model).pop("_ttt_fast_hold", None)
-
-
-def require_free(model: nn.Module) -> None:
-    """Raise if a session or an adaptation holds the model's weights."""
-    owner = holder(model)
-    if owner is not None:
-        raise RuntimeError(
-            f"adapt: the model is held by {owner!r}. Restore or merge that one first "
-            "(adapted.restore(), or leave its `with` block)."
-        )
-
-
-@contextmanager
-def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
-    """Eval mode (train mode with ``dropout``) for every module; each gets its own flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        # Only what changes: to set hundreds of flags takes a percent of a short step.
-        if any(flag != dropout for _, flag in flags):
-            model.train(dropout)
-        yield
-    finally:
-        for module, flag in flags:
-            if module.training != flag:
-                module.training = flag
-
-
-@contextmanager
-def training(model: nn.Module, engine: Engine, dropout: bool = False) -> Iterator[None]:
-    """The state in which a step runs: eval mode, gradients for the selected parameters only.
-
-    Gradient flags, stored gradients, module modes and the random state are afterwards as they were
-    found.
-    """
-    found = [(param, param.requires_grad, param.grad) for param in model.parameters()]
-    selected = {id(selection.param) for selection in engine.selections}
-    devices = sorted({p.device.index for p, _, _ in found if p.device.type == "cuda"})
-    try:
-        for param, _, _ in found:
-            param.grad = None
-            if param.dtype.is_floating_point:
-                param.requires_grad_(id(param) in selected)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            evaluating(model, dropout=dropout),
-            torch.random.fork_rng(devices, enabled=dropout),
-        ):
-            yield
-    finally:
-        for param, requires_grad, grad in found:
-            if param.dtype.is_floating_point:
-                param.requires_grad_(requires_grad)
-            param.grad = grad
-
-
 def evaluate(
     model: nn.Module,
     rows: Batch,
@@ -514,55 +428,3 @@ def unadapted_keys(model: nn.Module, engine: Engine, contexts: Batch) -> FrozenK
     """Keys and values of complete contexts with the weights that an engine found."""
     with uninterrupted() as held, engine.unadapted(), evaluating(model), held.released():
         return prefill(model, contexts)
-
-
-class uninterrupted:
-    """Hold Ctrl-C back during the body and raise it at the end: nothing is left half done.
-
-    What may take long runs in ``released()``, where Ctrl-C works at once:
-
-        with uninterrupted() as held, evaluating(model), held.released():
-            outputs = model(input_ids)
-
-    A context manager of Python can be interrupted before the first line of its exit. Here that exit
-    is the one of ``released()``, which has nothing to give back: all others run while Ctrl-C is
-    held. Only the main thread ever receives Ctrl-C, so elsewhere this does nothing.
-    """
-
-    def __enter__(self) -> uninterrupted:
-        self._received = False
-        self._found = None
-        if threading.current_thread() is threading.main_thread():
-            # None stands for a handler that was not installed from Python: it cannot be put back.
-            self._found = signal.getsignal(signal.SIGINT)
-        self._hold()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        # A generator that an interrupted exit left behind is closed late: it must not hold again.
-        found, self._found = self._found, None
-        self._pass_on(found)
-
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """Let Ctrl-C through during the body."""
-        self._pass_on(self._found)
-        try:
-            yield
-        finally:
-            self._hold()
-
-    def _hold(self) -> None:
-        if self._found is not None:
-            signal.signal(signal.SIGINT, self._record)
-
-    def _pass_on(self, found: Any) -> None:
-        if found is None:
-            return
-        signal.signal(signal.SIGINT, found)
-        if self._received:
-            self._received = False
-            signal.raise_signal(signal.SIGINT)
-
-    def _record(self, number: int, frame: Any) -> None:
-        self._received = True

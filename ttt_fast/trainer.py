@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ttt_fast import calibration, profiling
 from ttt_fast.adaptation import Adaptation
-from ttt_fast.batch import Batch, as_prompts, complete_batch, context_length, pad_rows
+from ttt_fast.batch import Batch, complete_batch, context_length
 from ttt_fast.config import Schedule, TTTConfig
 from ttt_fast.engines import policy
 from ttt_fast.engines.budget import refusal
@@ -25,9 +25,11 @@ from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
+from ttt_fast.model_state import holder, require_free
 from ttt_fast.objective import Objective, fused_reduction, negative_log_likelihood
+from ttt_fast.prompts import as_prompts, prompt_batch
 from ttt_fast.scope import select_parameters
-from ttt_fast.session import Session, StepReport, holder, require_free
+from ttt_fast.session import Session, StepReport
 
 
 class TTTTrainer:
@@ -241,8 +243,14 @@ class TTTTrainer:
                 " and predicts all their tokens. Step on spans of your own (Session.prefill), or"
                 f" drop {', '.join(unused)}."
             )
-        batch = self._batch(
-            prompt, labels, attention_mask, position_ids, token_weights, row_weights, deltas
+        batch = prompt_batch(
+            self.model,
+            self.tokenizer,
+            prompt,
+            attention_mask=attention_mask,
+            row_weights=row_weights,
+            deltas=deltas,
+            **given,
         )
         require_free(self.model)
         n_deltas = int(batch.delta_index.max()) + 1
@@ -301,7 +309,7 @@ class TTTTrainer:
             replace(base, **dict(zip(given, values, strict=True)))
             for values in itertools.product(*given.values())
         ]
-        single = self._batch(prompt, labels, None, None, None, None, None)
+        single = prompt_batch(self.model, self.tokenizer, prompt, labels=labels)
         n = len(configs)
         batch = replace(single.rows(torch.zeros(n, dtype=torch.int64)), delta_index=torch.arange(n))
         batch = complete_batch(batch, self.model, n)
@@ -340,8 +348,6 @@ class TTTTrainer:
                 f"adapt_batches: got {', '.join(extra)} with the prompts; give a list of prompts"
                 " alone, without padding."
             )
-        if not rows:
-            raise ValueError("adapt_batches: got no prompts; give a list of at least one.")
         # Now, and not when its batch comes after hours of others.
         longest = context_length(self.model) or math.inf
         for n, row in enumerate(rows):
@@ -482,55 +488,3 @@ class TTTTrainer:
             active.abort()
         elif active is not None:
             active.restore()
-
-    def _batch(
-        self,
-        prompt: Any,
-        labels: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        token_weights: Tensor | None,
-        row_weights: Tensor | None,
-        deltas: str | None,
-    ) -> Batch:
-        """Check everything before anything is touched."""
-        if deltas not in (None, "independent", "shared"):
-            raise ValueError(
-                f"adapt: deltas={deltas!r} is unknown; use 'independent' (each prompt adapts on its"
-                " own) or 'shared' (all train one delta)."
-            )
-        rows, extra = as_prompts(prompt, self.tokenizer)
-        if len(rows) > 1 and deltas is None:
-            raise ValueError(
-                f"adapt: got {len(rows)} rows; say deltas='independent' (each adapts on its own) or"
-                " deltas='shared' (all train one delta)."
-            )
-        if not rows or any(row.numel() == 0 for row in rows):
-            raise ValueError(
-                "adapt: the prompt is empty, so there is nothing to learn from. Give at least two"
-                " tokens."
-            )
-        # On the right, where causal attention never looks at it from a token.
-        ids, padding = pad_rows(rows, pad_value=0, side="right")
-        ragged = bool((padding == 0).any())
-        given = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
-                 "token_weights": token_weights}  # fmt: skip
-        given = {k: extra.get(k) if v is None else v for k, v in given.items()}
-        for name, tensor in given.items():
-            if tensor is not None and ragged:
-                raise ValueError(
-                    f"adapt: {name} cannot go with prompts of different lengths. Pad them and give"
-                    f" an attention_mask, or drop {name}."
-                )
-            if isinstance(tensor, Tensor) and tensor.dim() == 1:
-                given[name] = tensor[None]
-        if ragged:
-            given["attention_mask"] = padding
-        independent = deltas == "independent"
-        batch = Batch(
-            input_ids=ids,
-            row_weights=row_weights,
-            delta_index=torch.arange(len(rows)) if independent else None,
-            **given,
-        )
-        return complete_batch(batch, self.model, len(rows) if independent else 1)

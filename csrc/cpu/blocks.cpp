@@ -1,5 +1,5 @@
 // Conversion of blocks between storage and compute type. Bound: L1 cache, 6 bytes per element.
-// Reference: Tensor.to and round_stochastic in ttt_fast/reference.py.
+// Reference: Tensor.to and round_stochastic in ttt_fast/rounding.py.
 #include "blocks.h"
 
 namespace ttt_fast {

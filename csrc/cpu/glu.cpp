@@ -2,7 +2,7 @@
 // Fused: conversion, activation, product, rounding; backward both gradients, with the activation
 // computed again, not kept. Bytes per element: forward 3 numbers of storage, backward 5. Bound:
 // memory bandwidth, or arithmetic of exp while all lies in the cache. Reference: glu in
-// ttt_fast/reference.py.
+// ttt_fast/layer_reference.py.
 #include "exponential.h"
 
 namespace ttt_fast {

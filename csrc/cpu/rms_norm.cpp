@@ -2,7 +2,7 @@
 // Fused: conversion, mean of squares, scaling, weight, rounding; backward both gradients. Bytes per
 // element: forward 2 numbers of storage, backward 3; a row stays in the cache between its passes.
 // Bound: memory bandwidth, or the call itself where tokens are few. Reference: rms_norm in
-// ttt_fast/reference.py.
+// ttt_fast/layer_reference.py.
 #include <cmath>
 #include <memory>
 

@@ -2,7 +2,7 @@
 // Fused: both products, their roundings, the sum; stock torch writes five tensors. Bytes per
 // element: 2 numbers of storage; a token's cosines and sines are read once for all its heads.
 // Bound: memory bandwidth, or the call itself where tokens are few. Reference: rotary in
-// ttt_fast/reference.py.
+// ttt_fast/layer_reference.py.
 #include <memory>
 
 #include "blocks.h"

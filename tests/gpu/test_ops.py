@@ -1,5 +1,7 @@
 """Every op in every backend that the device has, against the reference on the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tests import (
     test_glu,
     test_gram_norm,
     test_nll,
+    test_rank_sgd,
     test_rank_update,
     test_rms_norm,
     test_rotary,
@@ -42,7 +45,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TESTED = {
     "sgd_", "adamw_", "grad_norm", "gram_norm", "gram_norms", "delta_linear", "rank_update_",
     "nll_", "copy_", "undo_restore_", "checksum", "rms_norm", "rms_norm_backward", "glu",
-    "glu_backward", "rotary",
+    "glu_backward", "rotary", "rank_sgd_",
 }  # fmt: skip
 
 
@@ -254,6 +257,21 @@ def test_rank_update_rounds_with_the_same_bits(device, backend, dtype):
     for weight, x, dy, beta, name in ((*args, "torch"), (*there, backend)):
         ops.rank_update_(weight, x, dy, beta, rounding="stochastic", seed=5, backend=name)
     assert torch.equal(there[0].cpu(), args[0])
+
+
+@backends("rank_sgd_")
+@dtypes
+@test_rank_sgd.options
+def test_rank_sgd_has_the_bits_of_the_reference(device, backend, dtype, options):
+    """Sums that are exact in float32, and updates that are not fused multiply-adds."""
+    params, xs, dys, buffers, _ = test_rank_sgd.case(dtype)
+    expected = test_rank_sgd.taken(reference.rank_sgd_, params, (xs, dys), buffers, **options)
+    there = ([on(device, t) for t in tensors] for tensors in (params, xs, dys, buffers))
+    params, xs, dys, buffers = there
+    step = partial(ops.rank_sgd_, backend=backend)
+    taken = test_rank_sgd.taken(step, params, (xs, dys), buffers, device=device, **options)
+    params, buffers, landed = ([t.cpu() for t in tensors] for tensors in (*taken[:2], [taken[2]]))
+    test_rank_sgd.assert_same_step((params, buffers, landed[0]), expected)
 
 
 @backends("nll_")

@@ -3,10 +3,12 @@
 A missing barrier or a sum whose order is left to chance shows now and then, so each op is repeated.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
-from tests import test_delta_linear, test_gram_norm, test_nll, test_rank_update
+from tests import test_delta_linear, test_gram_norm, test_nll, test_rank_sgd, test_rank_update
 from tests.gpu.device_cases import DEVICE_TYPE, assert_equal_runs, backends_of, case_on, on
 from tests.update_cases import make_case, sgd_step
 from ttt_fast import ops
@@ -75,6 +77,21 @@ def test_rank_updates(device, backend):
         return [mine]
 
     assert_equal_runs(run, TIMES, "rank_update_")
+
+
+@backends("rank_sgd_")
+def test_steps_with_products(device, backend):
+    params, xs, dys, buffers, _ = test_rank_sgd.case(torch.bfloat16, [(60, 257, 1031)] * 3)
+    params, xs, dys, buffers = ([t.to(device) for t in each] for each in (params, xs, dys, buffers))
+    step = partial(ops.rank_sgd_, backend=backend)
+
+    def run():
+        taken = test_rank_sgd.taken(
+            step, params, (xs, dys), buffers, device=device, momentum=0.9, rounding="stochastic"
+        )
+        return [*taken[0], *taken[1], taken[2]]
+
+    assert_equal_runs(run, TIMES, "rank_sgd_")
 
 
 @backends("nll_")

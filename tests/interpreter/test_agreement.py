@@ -280,6 +280,28 @@ def test_rank_update(side):
     check()
 
 
+@sides("triton")
+def test_rank_sgd(side):
+    @given(st.sampled_from(DTYPES), seeds, sizes, sizes, sizes)
+    @drawn(12)
+    def check(dtype, seed, n_in, n_out, rank):
+        shapes_of = ((n_out, n_in), (rank, n_in), (rank, n_out), (n_out, n_in))
+        given_tensors = factors(dtype, seed, *shapes_of)
+
+        def taken(op, tensors, lr):
+            weight, x, dy, buffer = tensors
+            op([weight], [x], [dy], [buffer], lr=lr, momentum=0.9)
+            return weight, buffer
+
+        size = taken(reference.rank_sgd_, [t.double().abs() for t in given_tensors], -0.1)
+        expected = taken(reference.rank_sgd_, [t.double() for t in given_tensors], 0.1)
+        actual = taken(side("rank_sgd_"), given_tensors, 0.1)
+        for mine, right, magnitude in zip(actual, expected, size, strict=True):
+            near_rounded(mine, right, magnitude, dtype)
+
+    check()
+
+
 @sides("cpp", "triton")
 def test_nll(side):
     @given(st.sampled_from(DTYPES), seeds, sizes, st.sampled_from([1, 5, 64, 300]))

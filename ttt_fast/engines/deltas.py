@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ttt_fast import ops, reference
-from ttt_fast.engines.factors import MatrixFactors, Rows, VectorFactors
+from ttt_fast.engines.factors import MatrixFactors, VectorFactors
+from ttt_fast.engines.rows import Rows
 from ttt_fast.reference import compute_dtype
 from ttt_fast.sgd import Coefficients
 

@@ -8,7 +8,7 @@ with several, the others wait in copies and are swapped in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ from ttt_fast.engines.products import (
     Scratch,
     blocks_for_calls,
     global_norm,
+    takes_factors,
 )
 from ttt_fast.reference import compute_dtype
 from ttt_fast.scope import Selection
@@ -295,9 +296,14 @@ class DenseEngine:
                 alike.setdefault(key, []).append(i)
                 state.step_counts[i] += 1
         number = 0
-        for (group, taken, _), members in alike.items():
-            for blocks in self._calls(members, gradients):
-                self._update_blocks(delta, group, taken, blocks, gradients, norm, found_inf, number)
+        for (group, taken, device), members in alike.items():
+            factors = self._factors(members, gradients)
+            for blocks in self._calls(members, gradients, factors):
+                options = self._options(delta, group, norm.to(device), found_inf, number)
+                if blocks[0].index in factors:
+                    self._update_products(delta, group, taken, blocks, factors, options)
+                else:
+                    self._update_blocks(delta, group, taken, blocks, gradients, options)
                 number += 1
         state.steps += 1
         return norm[None]
@@ -369,13 +375,85 @@ class DenseEngine:
             return torch.nn.utils.get_total_norm(gradients, foreach=True)
         return global_norm(gradients, backend=self.config.backend)
 
-    def _calls(self, members: list[int], gradients: list[Gradient | None]) -> Iterator[list[Block]]:
-        """Weights whose gradients are there in one call of the fused update, others in blocks."""
+    def _factors(
+        self, members: list[int], gradients: list[Gradient | None]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Factors (a, b) of the gradients aᵀ b that a kernel forms as it takes the step."""
+        config, device = self.config, self.views[members[0]].device
+        if (
+            config.optimizer != "sgd"
+            or config.accumulate == "delta"
+            or config.snapshot == "undo"
+            or not takes_factors(device.type, config.backend)
+        ):
+            return {}
+        found = {i: gradients[i].factors for i in members if isinstance(gradients[i], Products)}
+        return {
+            i: pair
+            for i, pair in found.items()
+            if pair is not None and all(f.dtype == self.views[i].dtype for f in pair)
+        }
+
+    def _calls(
+        self,
+        members: list[int],
+        gradients: list[Gradient | None],
+        factors: Mapping[int, tuple[Tensor, Tensor]],
+    ) -> Iterator[list[Block]]:
+        """Weights whose gradients are there in one call, as those of factors; others in blocks."""
         whole = [Block(i) for i in members if isinstance(gradients[i], Tensor)]
-        if whole:
-            yield whole
-        products = [i for i in members if isinstance(gradients[i], Products)]
+        yield from filter(None, (whole, [Block(i) for i in factors]))
+        products = [i for i in members if isinstance(gradients[i], Products) and i not in factors]
         yield from blocks_for_calls(self.views, products, self.config.snapshot == "undo")
+
+    def _options(
+        self, delta: int, group: int, norm: Tensor, found_inf: Tensor, number: int
+    ) -> dict[str, Any]:
+        """What the fused updates of SGD and AdamW are told alike."""
+        config, state, device = self._group_configs[group], self._states[delta], norm.device
+        landed = state.landed.get(device)
+        if landed is None:
+            landed = state.landed[device] = torch.zeros(2, dtype=torch.float64, device=device)
+        return {
+            "lr": config.lr_at(state.steps),
+            "weight_decay": config.weight_decay,
+            "grad_norm": norm,
+            "max_grad_norm": config.max_grad_norm,
+            "rounding": config.rounding,
+            # The calls of a step must not share their random bits either.
+            "seed": (config.random_stream(delta, state.steps) ^ (number << 48)) & _SEED_MASK,
+            "found_inf": found_inf.to(device),
+            "landed": landed,
+        }
+
+    def _sgd_options(self, group: int, taken: int) -> dict[str, Any]:
+        config = self._group_configs[group]
+        return {
+            "momentum": config.momentum, "dampening": config.dampening,
+            "nesterov": config.nesterov, "first_step": taken == 0,
+            "decoupled_weight_decay": config.decoupled_weight_decay,
+        }  # fmt: skip
+
+    def _update_products(
+        self,
+        delta: int,
+        group: int,
+        taken: int,
+        blocks: list[Block],
+        factors: Mapping[int, tuple[Tensor, Tensor]],
+        options: dict[str, Any],
+    ) -> None:
+        """One call of the fused update that forms the gradients itself."""
+        indices = [block.index for block in blocks]
+        buffers = self._states[delta].state.get("momentum_buffers")
+        if not self._group_configs[group].momentum:
+            buffers = None
+        ops.rank_sgd_(
+            [self.views[i] for i in indices], [factors[i][1] for i in indices],
+            [factors[i][0] for i in indices], [buffers[i] for i in indices] if buffers else [],
+            backend=ops.backend_for("rank_sgd_", self.config.backend),
+            **options, **self._sgd_options(group, taken),
+        )  # fmt: skip
 
     def _update_blocks(
         self,
@@ -384,9 +462,7 @@ class DenseEngine:
         taken: int,
         blocks: list[Block],
         gradients: list[Gradient | None],
-        norm: Tensor,
-        found_inf: Tensor,
-        number: int,
+        options: dict[str, Any],
     ) -> None:
         """One call of the fused update: same options, same step count, same device."""
         config, state = self._group_configs[group], self._states[delta]
@@ -395,26 +471,12 @@ class DenseEngine:
             return [block.of(tensors[block.index]) for block in blocks] if tensors else []
 
         params = pick(self.views)
-        device = params[0].device
         formed = isinstance(gradients[blocks[0].index], Tensor)
         grads = pick(gradients) if formed else self._scratch.fill(blocks, params, gradients)
-        originals = self.snapshot.originals if self.config.accumulate == "delta" else []
-        landed = state.landed.get(device)
-        if landed is None:
-            landed = state.landed[device] = torch.zeros(2, dtype=torch.float64, device=device)
-        options = {
-            "lr": config.lr_at(state.steps),
-            "weight_decay": config.weight_decay,
-            "grad_norm": norm.to(device),
-            "max_grad_norm": config.max_grad_norm,
+        options |= {
             "deltas": pick(state.deltas),
-            "bases": pick(originals),
-            "rounding": config.rounding,
-            # The calls of a step must not share their random bits either.
-            "seed": (config.random_stream(delta, state.steps) ^ (number << 48)) & _SEED_MASK,
-            "found_inf": found_inf.to(device),
-            "landed": landed,
-            "undo": self._undo_log(blocks) if self.config.snapshot == "undo" else None,
+            "bases": pick(self.snapshot.originals if config.accumulate == "delta" else []),
+            "undo": self._undo_log(blocks) if config.snapshot == "undo" else None,
             "backend": config.backend,
         }
         if config.optimizer == "adamw":
@@ -425,11 +487,7 @@ class DenseEngine:
             )  # fmt: skip
         else:
             buffers = pick(state.state["momentum_buffers"]) if config.momentum > 0 else []
-            ops.sgd_(
-                params, grads, buffers, momentum=config.momentum,
-                dampening=config.dampening, nesterov=config.nesterov, first_step=taken == 0,
-                decoupled_weight_decay=config.decoupled_weight_decay, **options,
-            )  # fmt: skip
+            ops.sgd_(params, grads, buffers, **options, **self._sgd_options(group, taken))
 
     def _undo_log(self, blocks: list[Block]) -> UndoLog | None:
         log = self.snapshot.undo_log([block.index for block in blocks])

@@ -8,26 +8,23 @@ give the modules their ``forward`` back.
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ttt_fast import placement, profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
+from ttt_fast.engines.factorable import take_over, unsupported
 from ttt_fast.engines.factors import (
     Inputs,
     Lookups,
     MatrixFactors,
     Padding,
-    RowBuffer,
-    Rows,
     Track,
     VectorFactors,
     squared_norm,
@@ -35,15 +32,13 @@ from ttt_fast.engines.factors import (
 from ttt_fast.engines.groups import group_config, group_of_each, numbers
 from ttt_fast.engines.head import OutputHead, output_head
 from ttt_fast.engines.head_kinds import FactoredHead, FrozenHead
-from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.pieces import pieces_of, standing_in
-from ttt_fast.engines.takeover import Desk, EmbeddingSite, Layout, LinearSite
+from ttt_fast.engines.rows import RowBuffer, Rows
+from ttt_fast.engines.takeover import Desk, Layout
 from ttt_fast.placement import Placement
 from ttt_fast.reference import compute_dtype
 from ttt_fast.scope import Selection
 from ttt_fast.sgd import Coefficients, clip_coefficient
-
-Site = LinearSite | EmbeddingSite | NormSite
 
 
 class FactoredEngine:
@@ -466,110 +461,3 @@ class FactoredEngine:
 def _copies(tracks: Sequence[Track]) -> list[Track]:
     """The same tracks, to be changed without the others."""
     return [Track(t.group, t.coefficients.clone(), t.decays, list(t.members)) for t in tracks]
-
-
-# ---------------------------------------------------------------------------- what can be factored
-
-
-def owning_modules(
-    model: nn.Module, by_param: Mapping[int, Any]
-) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """Every module that owns some of the parameters, tied ones at each of their places.
-
-    Args:
-        model: the model.
-        by_param: parameter's id -> what to give for it.
-
-    Yields:
-        The module's name, the module, and attribute -> what ``by_param`` has for it.
-    """
-    for name, module in model.named_modules():
-        own = {
-            attribute: by_param[id(param)]
-            for attribute, param in module.named_parameters(recurse=False)
-            if id(param) in by_param
-        }
-        if own:
-            yield name, module, own
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A module with nothing but vectors as wide as its one input: LayerNorm, and every RMSNorm."""
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-    params = dict(module.named_parameters(recurse=False))
-    return (
-        not any(True for _ in module.children())
-        and "weight" in params
-        and set(params) <= {"weight", "bias"}
-        and all(p.dim() == 1 for p in params.values())
-        and "norm" in type(module).__name__.lower()
-        and len(inspect.signature(type(module).forward).parameters) == 2
-    )
-
-
-def unsupported(model: nn.Module, selections: Sequence[Selection]) -> list[str]:
-    """Why parameters cannot be factored, a phrase each; empty if all can."""
-    reasons = []
-    if hasattr(model, "_orig_mod"):
-        reasons.append("a model under torch.compile: its graph does not see the modules change")
-    for name, module, own in owning_modules(model, {id(s.param): s for s in selections}):
-        for selection in own.values():
-            reason = _reason(module, selection)
-            if reason is None and "forward" in vars(module):
-                reason = "its forward was replaced on the instance"
-            if reason is not None:
-                reasons.append(
-                    f"{selection.name} of {name or 'the model'} ({type(module).__name__}): {reason}"
-                )
-    return reasons
-
-
-def _reason(module: nn.Module, selection: Selection) -> str | None:
-    if selection.param.dim() > 2:
-        return f"a {selection.param.dim()}-D tensor of experts has no factors for each token"
-    if _is_linear(module) or _is_norm(module):
-        return None
-    if _is_embedding(module):
-        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-            return "max_norm, scale_grad_by_freq and sparse are not supported"
-        return None
-    return "it is neither a plain linear, an embedding nor a norm"
-
-
-def take_over(
-    model: nn.Module, selections: Sequence[Selection], desk: Desk, backend: str
-) -> tuple[list[MatrixFactors | VectorFactors], list[Site]]:
-    """Factors of each selection, and what stands in for the modules that own them."""
-    by_id = {id(selection.param): selection for selection in selections}
-    owners: dict[int, list[nn.Module]] = {param: [] for param in by_id}
-    for _, module, own in owning_modules(model, by_id):
-        for selection in own.values():
-            owners[id(selection.param)].append(module)
-    by_param: dict[int, MatrixFactors | VectorFactors] = {}
-    for param, selection in by_id.items():
-        if selection.param.dim() == 1:
-            by_param[param] = VectorFactors(selection)
-        else:
-            by_param[param] = MatrixFactors(
-                selection,
-                transposed=any(isinstance(m, Conv1D) for m in owners[param]),
-                embeds=any(_is_embedding(m) for m in owners[param]),
-            )
-    sites: list[Site] = []
-    for name, module, own in owning_modules(model, by_param):
-        if _is_linear(module):
-            sites.append(LinearSite(name, module, own.get("weight"), own.get("bias"), desk))
-        elif _is_embedding(module):
-            sites.append(EmbeddingSite(name, module, own["weight"], desk))
-        else:
-            sites.append(NormSite(name, module, own, desk, backend))
-    return list(by_param.values()), sites

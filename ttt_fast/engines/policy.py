@@ -23,7 +23,7 @@ from ttt_fast.engines.cost import (
     factored_bytes,
     factored_ms,
 )
-from ttt_fast.engines.factored import unsupported
+from ttt_fast.engines.factorable import unsupported
 from ttt_fast.engines.head import expects_no_logits
 from ttt_fast.engines.machine import Machine
 from ttt_fast.engines.shapes import (

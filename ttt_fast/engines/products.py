@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_fast import ops
+from ttt_fast.dispatch import choose
 from ttt_fast.reference import UNDO_CHUNK, compute_dtype
 
 # The norm of a gradient that is there reads it; before that it was written (which reads the lines
@@ -77,6 +78,11 @@ class Products:
         found = lookup_rows + sum(len(rows) for _, rows in self._lookups)
         flops = 2 * (used * used * (self.n + self.m) + found * (found + used) * self.m)
         return flops <= FLOPS_PER_BYTE * SAVED_BYTES * self.n * self.m
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The a (M, n) and b (M, m) of G = aᵀ b; None where a lookup is part of it."""
+        return None if self._lookups else _concatenated(self._pairs)
 
     def uses(self) -> Uses:
         """What :func:`ghost_norms` takes, of one delta. Several uses count as more tokens."""
@@ -197,6 +203,12 @@ def global_norm(gradients: Iterable[Gradient], backend: str = "auto") -> Tensor:
     total = torch.stack([s.to(device) for s in (norm.double().square(), *squares)]).sum().sqrt()
     double = norm.dtype == torch.float64 or any(p.dtype == torch.float64 for p in products)
     return total.to(torch.float64 if double else torch.float32)
+
+
+def takes_factors(device_type: str, backend: str) -> bool:
+    """Whether ``rank_sgd_`` has a kernel there; plain torch would form gradients whole for it."""
+    wanted = ops.backend_for("rank_sgd_", backend, device_type)
+    return choose("rank_sgd_", device_type, wanted) != "torch"
 
 
 # ---------------------------------------------------------------------------- blocks of rows

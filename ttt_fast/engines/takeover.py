@@ -28,13 +28,12 @@ from ttt_fast.engines.factors import (
     Inputs,
     MatrixFactors,
     Padding,
-    Rows,
-    Start,
     Track,
     VectorFactors,
     add_product_,
     batched_product,
 )
+from ttt_fast.engines.rows import Rows, Start
 from ttt_fast.reference import compute_dtype
 
 

@@ -17,8 +17,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ttt_fast.batch import Batch, forward_arguments, pad_rows
 from ttt_fast.conditions import finite
+from ttt_fast.model_state import evaluating
 from ttt_fast.reference import compute_dtype
-from ttt_fast.session import evaluating
 from ttt_fast.study.tasks import Encoded, Task
 
 

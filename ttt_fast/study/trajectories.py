@@ -20,8 +20,10 @@ from ttt_fast.batch import Batch, complete_batch
 from ttt_fast.conditions import finite
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.dense import DenseEngine
+from ttt_fast.model_state import require_free
+from ttt_fast.prompts import prompt_batch
 from ttt_fast.reference import compute_dtype
-from ttt_fast.session import DivergedError, Session, require_free
+from ttt_fast.session import DivergedError, Session
 from ttt_fast.study.grid import Setting
 from ttt_fast.trainer import TTTTrainer
 
@@ -93,7 +95,7 @@ class SideBySide(TTTTrainer):
             configs: they may differ in lr, momentum, weight decay and clip.
             on_step: called after every step.
         """
-        batch = self._batch(list(prompts), None, None, None, None, None, "independent")
+        batch = prompt_batch(self.model, self.tokenizer, list(prompts), deltas="independent")
         require_free(self.model)
         begin = partial(self.begin_pairs, configs, batch.input_ids.shape[1])
         return self._adapt(begin, batch, on_step, None, False)

@@ -1,0 +1,197 @@
+"""The ops of a model's layers: norms, gated units, rotary positions, with their gradients.
+
+What :mod:`ttt_fast.ops` says of its tensors holds here; callers find these ops there, too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt_fast.dispatch import choose
+from ttt_fast.layer_reference import GLU_ACTIVATIONS
+from ttt_fast.op_checks import check_factors
+from ttt_fast.rounding import compute_dtype
+
+
+@torch.no_grad()
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, round_first: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Root mean square norm with a weight for each delta:  y = w ∘ x / sqrt(mean(x²) + ε).
+
+    Zhang and Sennrich (2019). Arithmetic is in the compute type whatever the dtype; y is rounded
+    once, twice with ``round_first``.
+
+    Args:
+        x: (B, M, D).
+        weight: (B, D), of the compute type.
+        eps: ε.
+        round_first: round x / rms to the dtype of x before it is multiplied by the weight, as
+            Llama and most families do; Gemma and OLMo 2 do not.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        y as x, and 1 / rms, (B, M) of the compute type, which the backward needs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    chosen = _rms_norm_backend("rms_norm", x, weight, [], backend)
+    return torch.ops.ttt_fast.rms_norm(
+        x.contiguous(), weight.contiguous(), eps=eps, round_first=round_first, backend=chosen
+    )
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    round_first: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`rms_norm` for dy at y.
+
+        dx = (g − x̂·mean(g ∘ x̂)) / rms,   dw = Σ_tokens dy ∘ x̂,   g = w ∘ dy,   x̂ = x / rms
+
+    Args:
+        dy: (B, M, D), as x.
+        x: what the forward was given.
+        weight: likewise.
+        rstd: 1 / rms, as the forward returned it.
+        round_first: as in the forward; in dw, x̂ is rounded with it.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        dx as x, and dw (B, D) of the compute type.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    more = [("dy", dy, ("B", "M", "D"), ()), ("rstd", rstd, ("B", "M"), (compute_dtype(x.dtype),))]
+    chosen = _rms_norm_backend("rms_norm_backward", x, weight, more, backend)
+    return torch.ops.ttt_fast.rms_norm_backward(
+        dy.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous(),
+        round_first=round_first, backend=chosen,
+    )  # fmt: skip
+
+
+def _rms_norm_backend(op: str, x: Tensor, weight: Tensor, more: list, backend: str) -> str:
+    wide = (compute_dtype(x.dtype),)
+    tensors = [("x", x, ("B", "M", "D"), ()), ("weight", weight, ("B", "D"), wide), *more]
+    check_factors(op, x, tensors, {})
+    return choose(op, x.device.type, backend)
+
+
+@torch.no_grad()
+def glu(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str = "auto") -> Tensor:
+    """Gated linear unit of two projections:  y = round(act(gate)) ∘ up.
+
+    Shazeer (2020): SwiGLU with "silu", GeGLU with "gelu_tanh". Arithmetic is in the compute type;
+    act(gate) is rounded to the storage type, as models' own code does.
+
+    Args:
+        gate: any shape.
+        up: of the shape and dtype of gate.
+        activation: "silu", or "gelu_tanh" (GELU in its tanh form).
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        y as gate.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, the activation is unknown, or the
+            backend cannot run there.
+    """
+    chosen = _glu_backend("glu", [("gate", gate), ("up", up)], activation, backend)
+    return torch.ops.ttt_fast.glu(
+        gate.contiguous(), up.contiguous(), activation=activation, backend=chosen
+    )
+
+
+def glu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`glu`:  dgate = dy ∘ up ∘ act′(gate),   dup = dy ∘ round(act(gate)).
+
+    Args:
+        dy: gradient at y.
+        gate: what the forward was given.
+        up: likewise.
+        activation: as in the forward.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        dgate and dup, as gate.
+
+    Raises:
+        ValueError: as in the forward.
+    """
+    tensors = [("gate", gate), ("up", up), ("dy", dy)]
+    chosen = _glu_backend("glu_backward", tensors, activation, backend)
+    return torch.ops.ttt_fast.glu_backward(
+        dy.contiguous(), gate.contiguous(), up.contiguous(), activation=activation, backend=chosen
+    )
+
+
+def _glu_backend(op: str, tensors: list[tuple[str, Tensor]], activation: str, backend: str) -> str:
+    gate = tensors[0][1]
+    if activation not in GLU_ACTIVATIONS:
+        known = ", ".join(map(repr, GLU_ACTIVATIONS))
+        raise ValueError(f"{op}: activation={activation!r} is unknown; use one of {known}.")
+    axes = tuple(f"n{i}" for i in range(gate.dim()))
+    check_factors(op, gate, [(name, tensor, axes, ()) for name, tensor in tensors], {})
+    return choose(op, gate.device.type, backend)
+
+
+@torch.no_grad()
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Rotary positions of queries or keys:  y = x ∘ cos + rotate_half(x) ∘ sin.
+
+    Su et al. (2021), with the halves of a head as pairs: for a = x[:R/2] and b = x[R/2:R],
+    y[:R/2] = a ∘ cos₁ − b ∘ sin₁ and y[R/2:R] = b ∘ cos₂ + a ∘ sin₂; columns from R on stay as
+    they are (GPT-NeoX, Phi). The gradient at x is the transpose of this map applied to the one at
+    y, which is the map of −sin if the halves of cos and of sin are equal, as they usually are:
+
+        y[:R/2] = a ∘ cos₁ + b ∘ sin₂,   y[R/2:R] = b ∘ cos₂ − a ∘ sin₁      with ``transposed``
+
+    Arithmetic is in the compute type; products are rounded to the dtype of cos and the sum to that
+    of x, as models' own code does, so that all backends give the same bits.
+
+    Args:
+        x: (B, H, T, D), its rows consecutive; any other strides (else it is copied).
+        cos: (B, T, R), or (1, T, R) for all rows of the batch; R even, at most D; dtype of x or
+            its compute type.
+        sin: likewise, as cos.
+        transposed: apply the transpose.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        y as x, also in the order of memory, as results of torch's own operations.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    angles: tuple[str, ...] = ("B", "T", "R")
+    sizes: dict[str, int] = {}
+    if cos.shape[:1] == (1,):
+        angles, sizes = ("1", "T", "R"), {"1": 1}
+    tensors = [
+        ("x", x, ("B", "H", "T", "D"), ()),
+        ("cos", cos, angles, (x.dtype, compute_dtype(x.dtype))),
+        ("sin", sin, angles, (cos.dtype,)),
+    ]
+    check_factors("rotary", x, tensors, sizes)
+    turned, width = cos.shape[-1], x.shape[-1]
+    if turned % 2 or turned > width:
+        raise ValueError(
+            f"rotary: cos has {turned} columns; they must be even, at most the {width} of x."
+        )
+    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    return torch.ops.ttt_fast.rotary(
+        x, cos, sin, transposed=transposed, backend=choose("rotary", x.device.type, backend)
+    )
