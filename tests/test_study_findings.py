@@ -248,10 +248,10 @@ def test_groups_compare_the_same_values():
 
 
 def test_the_report_says_so(tmp_path):
-    report = report_of(results({SGD: 0.8, ADAMW: 0.4}))
+    report = report_of(results({SGD: 0.8, ADAMW: 0.4}), "gsm-symbolic")
     assert "SGD does better than AdamW" in report.page()
     files = {path.name: path for path in report.write(tmp_path)}
-    rows = list(csv.DictReader(io.StringIO(files["likelihood_findings.csv"].read_text())))
+    rows = list(csv.DictReader(io.StringIO(files["generation_findings.csv"].read_text())))
     row = next(row for row in rows if "at its best" in row["reported"])
     assert (row["one side"], row["other side"], row["here"]) == ("SGD: 80.0", "AdamW: 40.0", HOLDS)
     assert (row["settings and steps"], row["prompts"]) == ("1 and 1", "60")
