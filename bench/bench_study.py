@@ -1,11 +1,16 @@
 """The SGD part of a study beside the same study by naive loops: seconds of a trajectory.
 
-A trajectory is a prompt with a setting, adapted and scored (two likelihoods, a greedy answer) after
-each number of steps. Ours is ``ttt_fast.study`` as users call it, plan and results on the disk
-included. The loop is ``bench/naive.py`` on a sample of the same trajectories, looked at on its way
-and scored by the study's own code, one prompt at a time; both are divided by their trajectories.
-Neither measures ‖W − W₀‖, which a loop has no need of. A full run also has 100 steps, where fewer
-factors fit side by side and each costs more.
+A trajectory is a prompt with a setting, adapted and looked at after each number of steps: two
+likelihoods, a greedy answer, the loss, and ‖W − W₀‖. Ours is ``ttt_fast.study`` as users call it,
+plan and results on the disk included. The loop is ``bench/naive.py`` on a sample of the same
+trajectories, one of each prompt (its time depends on the length of the prompt, hardly on the
+setting), scored by the study's own code; half of the sample runs before ours and half behind it.
+Both are divided by their trajectories, and their losses have to be the same.
+
+A full run also leaves out the distances, which cost a loop a pass over the weights and ours the
+products of all steps with each other; and it has 100 steps. Less is to be gained there: the factors
+of K steps of T tokens take memory and time in proportion to K · T, so fewer trajectories go side by
+side and each step costs more, while the loop's steps cost the same. The printed line says how many.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ from torch import nn
 from bench.conftest import no_collection, note
 from bench.shapes import AMOUNT, SMALL, load_model
 from ttt_fast import select_parameters
-from ttt_fast.naive import naive_adapt
-from ttt_fast.study import Grid, Setting, study
+from ttt_fast.naive import naive_adapt, prompt_loss
+from ttt_fast.study import Grid, Setting, StudyReport, study
 from ttt_fast.study.results import key_of
 from ttt_fast.study.scoring import score
 from ttt_fast.study.tasks import TASKS, Encoded, load_examples
@@ -35,9 +40,8 @@ TASK = TASKS["memo-trap"]
 MODEL = "SmolLM2-135M"
 STEPS = {"quick": (10,), "full": (40, 100), "small": (2,)}[AMOUNT]
 SCOPES = ("all", "ffn", "attention") if AMOUNT == "full" else ("all",)
-ROUNDS = 3 if AMOUNT == "full" else 1
-# Trajectories of the loop in a round.
-SAMPLE = 2
+# One round of 100 steps: it takes several times as long.
+ROUNDS = {40: 3} if AMOUNT == "full" else {}
 # Endings that everybody knows, and others: of Memo-Trap's form, and its length.
 PROVERBS = (
     ("Absence makes the heart grow", "fonder", "heavy"),
@@ -79,32 +83,38 @@ def bench_study(benchmark: Any, tmp_path: Path, scope: str, steps: int) -> None:
     folders = (tmp_path / str(n) for n in count())
     warm_up = whole._replace(grid=Grid(**(grid.as_dict() | {"steps": (1,), "lr": (1e-5,)})))
     run_study(warm_up, next(folders))
-    pairs = random.Random(0).sample(trajectories(whole), SAMPLE)
+    pairs = sample(whole)
     run_loops(warm_up, pairs[:1])
+    middle = len(pairs) // 2
     seconds: dict[str, list[float]] = {"naive": [], "ours": []}
     with no_collection():
-        for _ in range(ROUNDS):
-            start = perf_counter()
-            losses = run_loops(whole, pairs)
-            middle = perf_counter()
-            lines = run_study(whole, next(folders))
-            seconds["naive"].append((middle - start) / SAMPLE)
-            seconds["ours"].append((perf_counter() - middle) / whole.n_trajectories)
-            require_same_losses(losses, lines)
+        for _ in range(ROUNDS.get(steps, 1)):
+            losses, before_s = run_loops(whole, pairs[:middle])
+            report, ours_s = run_study(whole, next(folders))
+            more, after_s = run_loops(whole, pairs[middle:])
+            seconds["naive"].append((before_s + after_s) / len(pairs))
+            seconds["ours"].append(ours_s / whole.n_trajectories)
+            require_same_losses(losses | more, report.lines)
+            if AMOUNT == "full":
+                _, without_s = run_study(whole, next(folders), delta_norm=False)
+                own = seconds.setdefault("ours, no distances", [])
+                own.append(without_s / whole.n_trajectories)
     rows = {
         name: {"median_s": median(values), "min_s": min(values), "max_s": max(values)}
         for name, values in seconds.items()
     }
+    (portion,) = report.configuration["portions"]
     what = (
         f"study, {MODEL}, float32, SGD on {scope}, {whole.n_trajectories} trajectories of {steps}"
-        f" steps (the loop: {SAMPLE} of them)"
+        f" steps, {portion['at_once']} side by side (the loop: {len(pairs)} of them)"
     )
     note(benchmark, {"study": what, "rows": rows})
-    ratio = rows["naive"]["median_s"] / rows["ours"]["median_s"]
     print(f"\n{what}, {torch.get_num_threads()} threads: seconds a trajectory")
     for name, row in rows.items():
-        print(f"{name:8}{row['median_s']:10.2f} [{row['min_s']:.2f}, {row['max_s']:.2f}]")
-    print(f"ratio   {ratio:10.2f}x")
+        ratio = rows["naive"]["median_s"] / row["median_s"]
+        print(
+            f"{name:20}{row['median_s']:8.2f} [{row['min_s']:.2f}, {row['max_s']:.2f}] {ratio:.2f}x"
+        )
 
 
 # ---------------------------------------------------------------------------- what is adapted to
@@ -150,34 +160,45 @@ def tokenizer() -> Any:
     )
 
 
-def trajectories(whole: Study) -> list[tuple[Encoded, Setting]]:
-    """Every prompt with every setting."""
+def sample(whole: Study) -> list[tuple[Encoded, Setting]]:
+    """Every prompt with a setting that is drawn.
+
+    Not one of the largest learning rate: it takes as long, and without a clip rounding grows in it
+    until the losses of two right runs differ.
+    """
+    draw = random.Random(0)
+    settings = [s for s in whole.grid.settings() if s.lr < whole.grid.lr[-1]]
     examples = load_examples(TASK, whole.data).rows
-    prompts = [TASK.encode(example, whole.tokenizer) for example in examples]
-    return [(prompt, setting) for prompt in prompts for setting in whole.grid.settings()]
+    return [(TASK.encode(each, whole.tokenizer), draw.choice(settings)) for each in examples]
 
 
 # ---------------------------------------------------------------------------- both sides
 
 
-def run_study(whole: Study, folder: Path) -> list[dict[str, Any]]:
-    """Ours; its results."""
+def run_study(whole: Study, folder: Path, delta_norm: bool = True) -> tuple[StudyReport, float]:
+    """Ours, and its seconds."""
+    start = perf_counter()
     report = study(
         TASK.name, whole.model, whole.tokenizer, whole.data, folder, grid=whole.grid,
-        delta_norm=False,
+        delta_norm=delta_norm,
     )  # fmt: skip
-    return report.lines
+    return report, perf_counter() - start
 
 
-def run_loops(whole: Study, pairs: list[tuple[Encoded, Setting]]) -> dict[tuple, float]:
-    """The naive loop on some trajectories; losses before the update of each look."""
+def run_loops(
+    whole: Study, pairs: list[tuple[Encoded, Setting]]
+) -> tuple[dict[tuple, float], float]:
+    """The naive loop on some trajectories: losses before the update of each look, and seconds."""
+    params = [s.param for s in select_parameters(whole.model, whole.grid.scope[0])]
+    originals = [param.detach().clone() for param in params]
     found = {}
+    start = perf_counter()
     for prompt, setting in pairs:
-        params = [s.param for s in select_parameters(whole.model, setting.scope)]
 
         def look(step: int, *_: float, prompt: Encoded = prompt) -> None:
             if step in whole.grid.steps:
                 score(whole.model, TASK, [prompt], whole.tokenizer, TASK.max_new_tokens)
+                distance(params, originals)
 
         look(0)
         options = {"lr": setting.lr, "momentum": setting.momentum,
@@ -186,10 +207,19 @@ def run_loops(whole: Study, pairs: list[tuple[Encoded, Setting]]) -> dict[tuple,
             whole.model, prompt.prompt[None], steps=whole.grid.steps[-1], params=params,
             on_step=look, **options,
         )  # fmt: skip
+        with torch.no_grad():
+            prompt_loss(whole.model, prompt.prompt[None])
         result.restore()
         for step in whole.grid.steps[:-1]:
             found[prompt.example.id, setting, step] = float(result.losses[step])
-    return found
+    return found, perf_counter() - start
+
+
+@torch.no_grad()
+def distance(params: list[nn.Parameter], originals: list[torch.Tensor]) -> float:
+    """‖W − W₀‖ as a loop would measure it."""
+    norms = [(now - before).norm() for now, before in zip(params, originals, strict=True)]
+    return float(torch.stack(norms).norm())
 
 
 def require_same_losses(losses: dict[tuple, float], lines: list[dict[str, Any]]) -> None:

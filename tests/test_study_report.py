@@ -8,12 +8,16 @@ import re
 import statistics
 
 import pytest
+from matplotlib import transforms
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.lines import Line2D
 
 from tests.study_cases import line, report_of
 from ttt_fast.study import Grid, Setting
 from ttt_fast.study import figures as figures_module
 from ttt_fast.study.analysis import Analysis
+from ttt_fast.study.drawing import draw_line, short
 from ttt_fast.study.intervals import mean_estimate, share_estimate, spearman, wilson
 from ttt_fast.study.plan import duration
 
@@ -149,7 +153,8 @@ def test_robustness():
 
 def test_the_lowest_loss_chooses_the_worst_here():
     loss, *_ = Analysis(small(), "likelihood").choices()
-    assert (loss.predictor, loss.setting, loss.step, loss.value) == ("loss", LARGE, 10, 0.25)
+    assert (loss.predictor, loss.setting, loss.cell.step) == ("loss", LARGE, 10)
+    assert (loss.cell.value.mean, loss.cell.change.mean) == (0.25, -0.25)
     assert loss.correlation == pytest.approx(-1.0)
     (sentence,) = report_of(small()).conclusions("likelihood")
     assert "Chosen by the lowest loss" in sentence
@@ -177,9 +182,12 @@ def test_of_a_likelihood_less_is_better():
 
 def test_the_order_of_the_lines_does_not_matter():
     lines = whole_grid()
-    mixed = random.Random(1).sample(lines, len(lines)) + lines[:5]  # and some are there twice
-    assert report_of(mixed).csv() == report_of(lines).csv()
-    assert report_of(mixed).page() == report_of(lines).page()
+
+    def mixed(lines):
+        return random.Random(1).sample(lines, len(lines)) + lines[:5]  # and some are there twice
+
+    assert report_of(mixed(lines)).csv() == report_of(lines).csv()
+    assert report_of(mixed(small())).page() == report_of(small()).page()
 
 
 def test_csv_has_every_setting_and_step():
@@ -222,10 +230,10 @@ def test_everything_is_written(written):
 
 def test_page_is_self_contained(written):
     page = (written[0] / "report.html").read_text()
-    assert page.count("<img ") == page.count('src="data:image/png;base64,') == 8
+    assert page.count("<img ") == page.count('src="data:image/png;base64,') == 10
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "a&lt;b&gt;" in page and "a<b>" not in page
-    assert page.count("<table>") == page.count("</table>") == 5
+    assert page.count("<table>") == page.count("</table>") == 7
     assert "the plan" in page
 
 
@@ -238,28 +246,125 @@ def test_few_results_make_a_report(tmp_path):
 def test_a_study_that_is_not_complete_says_so():
     assert "NOT COMPLETE" not in report_of(small()).page()
     fewer = [each for each in small() if each["prompt"] != "p3" or each["setting"]["lr"] < 1e-3]
-    assert "NOT COMPLETE: settings have 3 to 4 prompts" in report_of(fewer).page()
+    report = report_of(fewer)
+    assert "NOT COMPLETE: settings have 3 to 4 prompts" in report.page()
+    # What compares settings is over the three that both have: p3 is wrong before and after.
+    assert report.analyses["likelihood"].unadapted.mean == 0.5
+    assert report.compared["likelihood"].unadapted.mean == pytest.approx(2 / 3)
+    robust = {row.setting: row for row in report.compared["likelihood"].robustness()}
+    assert robust[SMALL].best[0] == 1.0
+    assert "the best in hindsight 100.0" in report.conclusions("likelihood")[0]
+
+
+def test_a_mean_over_fewer_prompts_says_so():
+    later = [line(f"p{p}", SMALL, 100, True) for p in range(2)]
+    heads, rows = report_of(small() + later).steps_table("likelihood")
+    assert heads[3] == "step 100"
+    assert rows[0][1].endswith(", n 4")
+    assert rows[0][3].endswith(", n 2")
+    assert rows[0][-2] == "2 to 4"
+    assert rows[1][-2] == "4"
+
+
+def test_shared_prompts():
+    lines = small() + [line("p9", SMALL, 0, True), line("p9", SMALL, 10, True)]
+    analysis = Analysis(lines, "likelihood")
+    assert analysis.curves[SMALL][1].n_prompts == 5
+    assert analysis.shared().curves[SMALL][1].n_prompts == 4
+    assert analysis.shared([SMALL]).curves[SMALL][1].n_prompts == 5
+    assert list(analysis.shared([SMALL]).curves) == [SMALL]
+    same = analysis.shared()
+    assert same.shared() is same
+    assert Analysis(small(), "likelihood").shared().n_prompts == 4
+    apart = [line("p0", SMALL, 10), line("p1", LARGE, 10)]
+    assert not Analysis(apart, "likelihood").shared().curves
+
+
+def test_what_each_prompt_would_have_chosen():
+    """The least loss of p0 is with the small rate, of p1 with the large one, where it is wrong."""
+    lines = [
+        line("p0", SMALL, 0, False), line("p1", SMALL, 0, True),
+        line("p0", SMALL, 10, True, 1.0), line("p1", SMALL, 10, True, 2.0),
+        line("p0", LARGE, 10, False, 1.5), line("p1", LARGE, 10, False, 0.5),
+    ]  # fmt: skip
+    value, change = Analysis(lines, "likelihood").chosen_by_prompt("loss")
+    assert (value.mean, value.n) == (0.5, 2)
+    assert change.mean == 0.0
+    rows = {row[0]: row for row in report_of(lines).choices_table("likelihood")[1]}
+    assert "loss of the prompt, of each prompt" in rows
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def settings_of(panels):
+    return [{value: sorted(own) for value, own in panel.items()} for panel in panels]
+
+
+def panels_of(settings, axis):
+    lines = [line("p0", setting, 10) for setting in settings]
+    return settings_of(figures_module._panels_of(Analysis(lines, "likelihood"), axis))
 
 
 def test_adamw_has_no_momentum_to_draw():
     settings = [Setting("sgd", 1e-3, momentum=0.9), Setting("adamw", 1e-3)]
-    assert not figures_module._varies(settings, "momentum")
-    assert figures_module._varies(settings, "optimizer")
-    assert figures_module._varies([*settings, Setting("sgd", 1e-3)], "momentum")
+    assert panels_of(settings, "momentum") == []
+    assert panels_of(settings, "optimizer") == [{"sgd": [1e-3], "adamw": [1e-3]}]
+    more = [*settings, Setting("sgd", 1e-3)]
+    assert panels_of(more, "momentum") == [{0.0: [1e-3], 0.9: [1e-3]}]
+
+
+def test_a_row_for_each_part_and_only_rates_that_both_have():
+    sgd = [Setting("sgd", lr, scope=scope) for lr in (1e-4, 1e-2) for scope in ("all", "ffn")]
+    panels = panels_of([*sgd, Setting("adamw", 1e-4), Setting("adamw", 1, scope="ffn")],
+                       "optimizer")  # fmt: skip
+    assert panels == [{"sgd": [1e-4, 1e-2], "adamw": [1e-4]}]  # ffn has no rate in common
+    clipped = [Setting("sgd", 1e-4, max_grad_norm=10.0, scope="ffn")]
+    assert panels_of(sgd + clipped, "max_grad_norm") == [{None: [1e-4, 1e-2], 10.0: [1e-4]}]
+    assert len(panels_of(sgd + clipped, "scope")) == 1  # with the clip there is one part only
+
+
+class Panel:
+    """Remembers what is drawn."""
+
+    def __init__(self):
+        self.lines, self.intervals = [], []
+        self.transData = transforms.IdentityTransform()
+        self.figure = Figure()
+
+    def plot(self, x, y, **look):
+        self.lines.append((look.get("fillstyle"), list(x), list(y)))
+        return [Line2D(x, y)]
+
+    def vlines(self, x, low, high, **look):
+        self.intervals += list(zip(x, low, high, strict=True))
+        return Line2D([], [])
+
+
+def drawn(n_lines):
+    curve = Analysis(whole_grid(), "likelihood").curves[SMALL]
+    panel = Panel()
+    draw_line(panel, [(cell.step, cell) for cell in curve], "likelihood", "", 0, n_lines)
+    return curve, panel
 
 
 def test_hollow_points_are_those_that_did_not_land():
-    curve = Analysis(whole_grid(), "likelihood").curves[SMALL]
-    drawn = []
+    curve, panel = drawn(2)
+    percent = [100 * cell.value.mean for cell in curve]
+    assert ("full", [0], percent[:1]) in panel.lines
+    assert ("none", [10, 20], percent[1:]) in panel.lines
 
-    class Axes:
-        def plot(self, x, y, **look):
-            drawn.append((look.get("fillstyle"), list(x)))
 
-    figures_module._line(Axes(), [(c.step, 1.0, c) for c in curve],
-                         {"color": "k", "marker": "o", "linestyle": "-"}, "")  # fmt: skip
-    assert ("full", [0]) in drawn
-    assert ("none", [10, 20]) in drawn
+def test_every_point_has_its_interval_while_there_is_room():
+    curve, panel = drawn(3)
+    ends = [(c.step, 100 * c.value.low, 100 * c.value.high) for c in curve]
+    assert panel.intervals == ends
+    assert drawn(4)[1].intervals == ends[-1:]
+
+
+@pytest.mark.parametrize(("lr", "words"), [(1e-4, "1e-4"), (5e-5, "5e-5"), (0.25, "2.5e-1")])
+def test_a_learning_rate_in_a_figure(lr, words):
+    assert short(lr) == words
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):

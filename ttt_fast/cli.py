@@ -32,7 +32,7 @@ from ttt_fast.demo import DEFAULT_PROMPT, load_demo_model
 from ttt_fast.naive import naive_adapt, prompt_loss
 from ttt_fast.study import Grid, ResultsError, StudyReport, study
 from ttt_fast.study.figures import require_matplotlib
-from ttt_fast.study.shards import first_process
+from ttt_fast.study.shards import first_process, own_device
 from ttt_fast.study.tasks import find_task
 
 # What Hugging Face raises for a name, a folder or files that it can do nothing with.
@@ -265,8 +265,6 @@ def _load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     with _bad_input(*_NOT_A_MODEL, about=f"model {name!r}: "):
         if name == "demo":
@@ -275,7 +273,7 @@ def _load(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
     with _bad_input(RuntimeError, AssertionError):  # torch: unknown or absent device
-        return model.to(device), tokenizer
+        return model.to(own_device(device)), tokenizer
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Tensor:

@@ -73,16 +73,14 @@ class Choice:
         correlation: Spearman's, between the predictor and how good the metric is.
         n_points: settings and steps that it is over.
         setting: the one with the least of it.
-        step: likewise.
-        value: of the metric there.
+        cell: what came of it, at the step with the least of it.
     """
 
     predictor: str
     correlation: float
     n_points: int
     setting: Setting
-    step: int
-    value: float
+    cell: Cell
 
 
 class Analysis:
@@ -90,13 +88,13 @@ class Analysis:
 
     Args:
         lines: results.
-        metric: "likelihood", "generation" or "nll".
+        metric: "likelihood", "generation" or "nll"; "loss" is that of the prompts.
         group: only prompts of this group; default all.
     """
 
     def __init__(self, lines: Iterable[Line], metric: str, group: str | None = None) -> None:
         self.metric = metric
-        self.less_is_better = metric == "nll"
+        self.less_is_better = metric in ("nll", "loss")
         by_cell: dict[Setting, dict[int, dict[str, Line]]] = {}
         for line in lines:
             if group is None or line.get("group") == group:
@@ -108,14 +106,32 @@ class Analysis:
             for setting, by_step in by_cell.items()
         }
 
+    def shared(self, settings: Iterable[Setting] | None = None) -> Analysis:
+        """The curves of some settings on the prompts that all of them have, at all their steps.
+
+        Means over other prompts cannot be compared: more of one setting's may be easy ones.
+        """
+        chosen = list(self._by_cell if settings is None else settings)
+        cells = [cell for setting in chosen for cell in self._by_cell[setting].values()]
+        common = set.intersection(*map(set, cells)) if cells else set()
+        if len(chosen) == len(self._by_cell) and all(len(cell) == len(common) for cell in cells):
+            return self
+        lines = (line for cell in cells for prompt, line in cell.items() if prompt in common)
+        return Analysis(lines, self.metric)
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts of the setting and step with most of them."""
+        return max((cell.n_prompts for curve in self.curves.values() for cell in curve), default=0)
+
     def lines_of(self, setting: Setting, step: int) -> Mapping[str, Line]:
         """The results of a setting after some steps, by prompt."""
         return self._by_cell[setting][step]
 
     def value_of(self, line: Line) -> float | None:
         """The metric of a result; None where it is not finite."""
-        if self.metric == "nll":
-            return line["nll"]
+        if self.less_is_better:
+            return line[self.metric]
         return float(line["correct"][self.metric])
 
     def goodness_of(self, line: Line) -> float | None:
@@ -143,7 +159,7 @@ class Analysis:
 
     def _estimate(self, measured: Mapping[str, float], lines: Mapping[str, Line]) -> Estimate:
         clusters = _clusters(lines, measured)
-        if self.metric == "nll":
+        if self.less_is_better:
             return mean_estimate(list(measured.values()), clusters)
         return share_estimate([v == 1.0 for v in measured.values()], clusters)
 
@@ -198,9 +214,31 @@ class Analysis:
                 [sign * x for _, _, x, _ in points],
                 [self._goodness(value) for *_, value in points],
             )
-            setting, step, _, value = max(points, key=lambda point: sign * point[2])
-            found.append(Choice(name, correlation, len(points), setting, step, value))
+            setting, step, *_ = max(points, key=lambda point: sign * point[2])
+            cell = next(cell for cell in self.curves[setting] if cell.step == step)
+            found.append(Choice(name, correlation, len(points), setting, cell))
         return found
+
+    def chosen_by_prompt(self, predictor: str) -> tuple[Estimate, Estimate]:
+        """The metric, and its change, if each prompt took the setting and step with the least.
+
+        Of a predictor of its own, that is: what someone with this one prompt could have done.
+        """
+        least: dict[str, Line] = {}
+        before: dict[str, float | None] = {}
+        for by_step in self._by_cell.values():
+            for step, lines in by_step.items():
+                for prompt, line in lines.items():
+                    if step == 0:
+                        before[prompt] = self.value_of(line)
+                    elif line["diverged_at"] is None and line[predictor] is not None:
+                        if prompt not in least or line[predictor] < least[prompt][predictor]:
+                            least[prompt] = line
+        values = {p: v for p, v in ((p, self.value_of(x)) for p, x in least.items())
+                  if v is not None}  # fmt: skip
+        changes = {p: v - before[p] for p, v in values.items() if before.get(p) is not None}
+        change = mean_estimate(list(changes.values()), _clusters(least, changes))
+        return self._estimate(values, least), change
 
     def points(self, predictor: str) -> list[tuple[Setting, int, float, float]]:
         """Setting, step, mean of the predictor and value of the metric, for all steps above 0.
@@ -217,15 +255,15 @@ class Analysis:
             and not math.isnan(cell.value.mean)
         ]
 
-    def best(self) -> tuple[Setting, int, float] | None:
+    def best(self) -> tuple[Setting, Cell] | None:
         """The best setting and step in hindsight; None if there is none above step 0."""
         cells = [
-            (setting, cell.step, cell.value.mean)
+            (setting, cell)
             for setting, curve in self.curves.items()
             for cell in curve
             if cell.step > 0 and not math.isnan(cell.value.mean)
         ]
-        return max(cells, key=lambda cell: self._goodness(cell[2]), default=None)
+        return max(cells, key=lambda each: self._goodness(each[1].value.mean), default=None)
 
     def _goodness(self, value: float) -> float:
         return -value if self.less_is_better else value

@@ -3,7 +3,8 @@
 A claim is a difference of two numbers, each over many settings and steps: the best value of one
 side against the best of the other, the worst, the mean. Both sides have the same settings but for
 what is compared, and the same prompts, so the interval is that of the difference when the prompts
-are drawn again: 1000 times with replacement, in whole clusters where there are clusters.
+are drawn again: 1000 times with replacement, in whole clusters where there are clusters (a paired
+bootstrap). With few prompts such an interval is a little too narrow.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from ttt_fast.study.intervals import Estimate, spearman
 
 HOLDS, OPPOSITE, OPEN = "holds", "the opposite", "cannot be told"
 _DRAWS = 1000
+# Losses of the prompts that are called equal are no farther apart than by this factor.
+_EQUAL_LOSS = 1.5
 
 Place = tuple[Setting, int]
 # Of the mean values at some places, in their order.
 Statistic = Callable[[np.ndarray], float]
+_HOW: dict[str, Statistic] = {
+    "each at its best": np.max, "each at its worst": np.min, "in the mean": np.mean,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,20 +64,27 @@ def findings(analysis: Analysis) -> list[Finding]:
 
     Settings and steps at which a likelihood is not finite are left out.
     """
-    places = [
+    places = sound_places(analysis)
+    sign = -1.0 if analysis.less_is_better else 1.0
+    found = [] if analysis.metric == "loss" else _unadapted(analysis, places, sign)
+    for claim, axis, sides, (one, other), hows in _claims(analysis.metric, places):
+        first, second = _matched(places, axis, one, other)
+        for how in hows if first else ():
+            both = ((first, _HOW[how]), (second, _HOW[how]))
+            found.append(_compare(analysis, f"{claim}, {how}", sides, both, sign))
+    if analysis.metric == "loss":
+        return found
+    return found + _at_equal_loss(analysis, sign) + _spread_over_lr(analysis, places)
+
+
+def sound_places(analysis: Analysis) -> list[Place]:
+    """Settings and steps above 0 at which every prompt has a value."""
+    return [
         (setting, cell.step)
         for setting, curve in analysis.curves.items()
         for cell in curve
         if cell.step > 0 and cell.value.n == cell.n_prompts
     ]
-    sign = -1.0 if analysis.less_is_better else 1.0
-    found = []
-    for claim, axis, sides, (one, other), statistic in _claims(places):
-        first, second = _matched(places, axis, one, other)
-        if first:
-            both = ((first, statistic), (second, statistic))
-            found.append(_compare(analysis, claim, sides, both, sign))
-    return found + _spread_over_lr(analysis, places)
 
 
 def correlation(analysis: Analysis, predictor: str) -> Estimate:
@@ -88,7 +101,7 @@ def correlation(analysis: Analysis, predictor: str) -> Estimate:
         less = line[predictor]
         return None if less is None else -less, analysis.goodness_of(line)
 
-    values, clusters = _table(analysis, places, pair_of)
+    values, clusters = table_of(analysis, places, pair_of)
     whole = _rank(values.mean(0)) if len(values) else math.nan
     return _estimate(whole, [_rank(means) for means in _drawn_means(values, clusters)], len(values))
 
@@ -99,46 +112,112 @@ def _rank(means: np.ndarray) -> float:
 
 
 def _claims(
-    places: Sequence[Place],
-) -> list[tuple[str, str, tuple[str, str], tuple[Any, Any], Statistic]]:
+    metric: str, places: Sequence[Place]
+) -> list[tuple[str, str, tuple[str, str], tuple[Any, Any], tuple[str, ...]]]:
     """Claim, axis, names of the sides, their values on it, and what counts of each side."""
 
     def values(axis: str) -> list[float]:
         return sorted({getattr(setting, axis) for setting, _ in places} - {None})
 
+    best, worst, mean = _HOW
+    if metric == "loss":
+        return [("AdamW lowers the loss of the prompts more than SGD of the same learning rate",
+                 "optimizer", ("AdamW", "SGD"), ("adamw", "sgd"), (mean,))]  # fmt: skip
     claims = [
-        ("SGD does better than AdamW, each at its best", "optimizer", ("SGD", "AdamW"),
-         ("sgd", "adamw"), np.max),
-        ("Feed-forward weights alone do better than all, each at its best",
-         "scope", ("ffn", "all"), ("ffn", "all"), np.max),
-        ("Attention weights alone are safer than all, each at its worst",
-         "scope", ("attention", "all"), ("attention", "all"), np.min),
+        ("SGD does better than AdamW of the same learning rate", "optimizer", ("SGD", "AdamW"),
+         ("sgd", "adamw"), (best, mean)),
+        ("Feed-forward weights alone do better than all", "scope", ("ffn", "all"), ("ffn", "all"),
+         (best, mean)),
+        ("Attention weights alone are safer than all", "scope", ("attention", "all"),
+         ("attention", "all"), (worst, mean)),
     ]  # fmt: skip
     for clip in values("max_grad_norm")[:1]:
-        claims.append(("Clipping spares the worst drops, each at its worst", "max_grad_norm",
-                       (f"clip {clip:g}", "no clip"), (clip, None), np.min))  # fmt: skip
+        claims.append(("Clipping spares drops", "max_grad_norm", (f"clip {clip:g}", "no clip"),
+                       (clip, None), (worst, mean)))  # fmt: skip
     for axis, name in (("momentum", "Momentum"), ("weight_decay", "Weight decay")):
         least, *_, most = values(axis) * 2 or (0, 0)
         if most > least:
-            claims.append((f"{name} helps, in the mean", axis,
-                           (f"{most:g}", f"{least:g}"), (most, least), np.mean))  # fmt: skip
+            claims.append(
+                (f"{name} helps", axis, (f"{most:g}", f"{least:g}"), (most, least), (mean,))
+            )
     return claims
+
+
+def _unadapted(analysis: Analysis, places: Sequence[Place], sign: float) -> list[Finding]:
+    """The original weights against those of all settings and steps."""
+    scored = {setting for setting, curve in analysis.curves.items() if curve[0].step == 0}
+    after = [place for place in places if place[0] in scored]
+    # The same for every setting.
+    before = [(setting, 0) for setting in dict.fromkeys(setting for setting, _ in after)]
+    if not after:
+        return []
+    claims = (
+        ("Adapting does worse than not adapting, in the mean", np.mean),
+        ("Adapting does worse than not adapting, even at its best", np.max),
+        ("Adapting does worse than not adapting, at its worst", np.min),
+    )
+    return [
+        _compare(analysis, claim, ("not adapted", "adapted"),
+                 ((before, np.mean), (after, statistic)), sign)
+        for claim, statistic in claims
+    ]  # fmt: skip
 
 
 def _matched(
     places: Iterable[Place], axis: str, one: Hashable, other: Hashable
 ) -> tuple[list[Place], list[Place]]:
     """Places with either value of an axis that have a counterpart, equal in all else."""
-    # AdamW has no momentum to be equal in.
-    free = {axis: None} | ({"momentum": 0.0} if axis == "optimizer" else {})
     sides: tuple[dict[Hashable, list[Place]], ...] = ({}, {})
     for setting, step in places:
         for side, value in zip(sides, (one, other), strict=True):
             if getattr(setting, axis) == value:
-                side.setdefault((replace(setting, **free), step), []).append((setting, step))
+                side.setdefault((all_else(setting, axis), step), []).append((setting, step))
     shared = [key for key in sides[0] if key in sides[1]]
     first, second = ([place for key in shared for place in side[key]] for side in sides)
     return first, second
+
+
+def all_else(setting: Setting, *axes: str) -> Setting:
+    """A setting without its values on some axes: equal for those that differ there only."""
+    # AdamW has no momentum to be equal in.
+    free = dict.fromkeys(axes) | ({"momentum": None} if "optimizer" in axes else {})
+    return replace(setting, **free)
+
+
+def _at_equal_loss(analysis: Analysis, sign: float) -> list[Finding]:
+    """SGD where it has brought the prompts about as far as AdamW: the same learning rate does not.
+
+    Each setting and step of AdamW has the one of SGD with the nearest mean loss, of any learning
+    rate; those that have none within a factor of 1.5 are left out.
+    """
+    alike: dict[Setting, set[str]] = {}
+    for setting in analysis.curves:
+        alike.setdefault(all_else(setting, "optimizer", "lr"), set()).add(setting.optimizer)
+    both = [s for s in analysis.curves if len(alike[all_else(s, "optimizer", "lr")]) > 1]
+    same = analysis.shared(both)
+    sound = set(sound_places(same))
+    losses = {
+        (setting, cell.step): cell.means["loss"]
+        for setting in same.curves
+        for cell in same.curves[setting]
+        if (setting, cell.step) in sound and cell.means["loss"]
+    }
+    pairs = []
+    for place, loss in losses.items():
+        near = [
+            (abs(math.log(losses[other] / loss)), n, other)
+            for n, other in enumerate(losses)
+            if place[0].optimizer == "adamw" and other[0].optimizer == "sgd"
+            and all_else(other[0], "optimizer", "lr") == all_else(place[0], "optimizer", "lr")
+        ]  # fmt: skip
+        if near and min(near)[0] <= math.log(_EQUAL_LOSS):
+            pairs.append((min(near)[2], place))
+    if not pairs:
+        return []
+    first, second = zip(*pairs, strict=True)
+    claim = "SGD does better than AdamW where the loss of the prompts is equal, in the mean"
+    sides = ((first, np.mean), (second, np.mean))
+    return [_compare(same, claim, ("SGD", "AdamW"), sides, sign)]
 
 
 def _spread_over_lr(analysis: Analysis, places: Sequence[Place]) -> list[Finding]:
@@ -160,7 +239,7 @@ def _minus_spread(places: Sequence[Place]) -> Statistic:
     """Largest minus smallest value over lr, the mean over all other settings; less is better."""
     groups: dict[Setting, list[int]] = {}
     for n, (setting, _) in enumerate(places):
-        groups.setdefault(replace(setting, lr=0.0), []).append(n)
+        groups.setdefault(all_else(setting, "lr"), []).append(n)
     indices = [group for group in groups.values() if len(group) > 1]
     return lambda means: -float(np.mean([np.ptp(means[group]) for group in indices]))
 
@@ -178,7 +257,7 @@ def _compare(
     """A finding; ``sign`` gives a statistic, of which more is better, the sign of the metric."""
     (first, of_first), (second, of_second) = both
     n = len(first)
-    values, clusters = _table(
+    values, clusters = table_of(
         analysis, [*first, *second], lambda line: (analysis.goodness_of(line),)
     )
 
@@ -191,7 +270,7 @@ def _compare(
     return Finding(claim, sides, (sign * a, sign * b), difference, (n, len(second)))
 
 
-def _table(
+def table_of(
     analysis: Analysis,
     places: Sequence[Place],
     numbers_of: Callable[[Mapping[str, Any]], tuple[float | None, ...]],

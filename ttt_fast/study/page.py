@@ -34,11 +34,23 @@ at one setting: the best of many settings is better than it is, by chance. updat
 share of the updates reached the weights that the forward reads; at points with little of it a curve
 measures rounding, not learning. A trajectory that diverged counts as wrong in a share of right
 answers, and is left out of a mean likelihood, where the number of those is given. "Chosen by the
-least" takes the setting and step with the least mean of what can be seen without labels."""
+least" takes the setting and step with the least mean of what can be seen without labels, or those
+of each prompt by itself. What compares settings is over the prompts that all of them have."""
+
+_CHOICES = """Which setting would have been chosen without labels: what came of it, the change from
+not adapting prompt by prompt, and the rank correlation of less of it with better values over
+settings and steps. (Prompts that are drawn again rank settings less surely than all of them
+together, so a correlation stands near the outer end of its interval.)"""
+
+_SENSITIVITY = """How much each choice matters: means of what differs in nothing else, the spread
+between the best and the worst value, and what it is below in 95 % of the cases if the choice does
+not matter (each prompt's results are exchanged among the values at random; p is the share of such
+cases with a spread as large)"""
 
 _FINDINGS = """What "When Test-Time Training Fails" reports, and whether it holds here: all else
-equal, with the 95 % interval of the difference when prompts are drawn again (the best and the worst
-of many settings are chosen on the same prompts)"""
+equal, with the 95 % interval of the difference when prompts are drawn again (paired bootstrap; the
+best and the worst of many settings are chosen on the same prompts, so those rows flatter; of so
+many intervals a few miss 0 by chance)"""
 
 
 def html_page(report: StudyReport, figures: Sequence[Drawn]) -> str:
@@ -60,13 +72,12 @@ def html_page(report: StudyReport, figures: Sequence[Drawn]) -> str:
             " the final values of the learning rates lie apart",
             *report.robustness_table(metric),
         ))  # fmt: skip
-        parts.append(_table(
-            "Which setting would have been chosen without labels", *report.choices_table(metric)
-        ))  # fmt: skip
-        if report.findings[metric]:
-            parts.append(_table(_FINDINGS, *report.findings_table(metric)))
+        parts.append(_table(_CHOICES, *report.choices_table(metric)))
+        parts.append(_table(_SENSITIVITY, *report.sensitivity_table(metric)))
+        parts.append(_table(_FINDINGS, *report.findings_table(metric)))
     parts.append("<h2>The loss of the prompts</h2>")
-    parts += [_figure(f) for f in figures if f.name == "loss_by_lr"]
+    parts += [_figure(f) for f in figures if f.name.startswith("loss_")]
+    parts.append(_table(_FINDINGS, *report.findings_table("loss")))
     parts += ["<h2>What was run</h2>", f"<pre>{escape(report.plan)}</pre>", _conditions(report)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
@@ -85,6 +96,9 @@ def _figure(figure: Drawn) -> str:
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that can be folded; nothing where it has no rows."""
+    if not rows:
+        return ""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

@@ -16,6 +16,7 @@ from ttt_fast.study.analysis import PREDICTORS, Analysis, Cell, Choice, groups_o
 from ttt_fast.study.findings import Finding, correlation, findings
 from ttt_fast.study.grid import Grid, Setting
 from ttt_fast.study.intervals import Estimate
+from ttt_fast.study.plan import Portion
 from ttt_fast.study.results import (
     ResultsError,
     key_of,
@@ -23,8 +24,15 @@ from ttt_fast.study.results import (
     read_lines,
     write_atomically,
 )
+from ttt_fast.study.sensitivity import Sensitivity, sensitivities
 from ttt_fast.study.tasks import Task, find_task
 
+_SKIPPED = {"too_long": "longer than the model's context", "too_short": "too short for the task"}
+AXIS_WORDS = {
+    "lr": "learning rate", "steps": "steps", "optimizer": "optimizer",
+    "weight_decay": "weight decay", "momentum": "momentum", "max_grad_norm": "clip",
+    "scope": "adapted parts",
+}  # fmt: skip
 _SETTING_HEADS = ("optimizer", "lr", "weight_decay", "momentum", "max_grad_norm", "scope")
 
 
@@ -36,6 +44,7 @@ class StudyReport:
         configuration: of the folder.
         plan: the plan's page, with what was skipped.
         n_studies: how many studies the results are from, each with settings and prompts of its own.
+        n_missing: results that the studies are still to give.
     """
 
     def __init__(
@@ -44,6 +53,7 @@ class StudyReport:
         configuration: Mapping[str, Any],
         plan: str = "",
         n_studies: int = 1,
+        n_missing: int = 0,
     ) -> None:
         # In one order whoever wrote them, so that a report of the same results is the same bytes.
         unique = {key_of(line): line for line in lines}
@@ -51,6 +61,7 @@ class StudyReport:
         self.configuration = configuration
         self.plan = plan
         self.n_studies = n_studies
+        self.n_missing = n_missing
 
     @classmethod
     def read(cls, *folders: str | Path) -> StudyReport:
@@ -72,7 +83,9 @@ class StudyReport:
             if not found:
                 raise ResultsError(f"{folder}: there are no results yet. Run the study first.")
         together = _together(folders, configurations)
-        return cls(itertools.chain(*lines), together, n_studies=len(folders))
+        missing = sum(map(_n_missing, configurations, lines))
+        page = "\n".join(_what_was_run(found) for found in configurations)
+        return cls(itertools.chain(*lines), together, page, len(folders), missing)
 
     @property
     def task(self) -> Task:
@@ -83,6 +96,16 @@ class StudyReport:
     def analyses(self) -> dict[str, Analysis]:
         """The curves of each metric."""
         return {metric: Analysis(self.lines, metric) for metric in self.task.metrics}
+
+    @cached_property
+    def compared(self) -> dict[str, Analysis]:
+        """The same on the prompts that every setting has, for what compares settings."""
+        return {metric: analysis.shared() for metric, analysis in self.analyses.items()}
+
+    @cached_property
+    def loss(self) -> Analysis:
+        """The loss of the prompts, as a curve."""
+        return Analysis(self.lines, "loss")
 
     def groups(self, metric: str) -> dict[str, Analysis]:
         """The curves of each group of prompts, where there are groups."""
@@ -110,9 +133,8 @@ class StudyReport:
         for metric, words in self.task.metrics.items():
             parts += [f"{metric}: {words}", text_table(*self.steps_table(metric))]
             parts += self.conclusions(metric)
-            heads, rows = self.findings_table(metric)
-            if rows:
-                parts.append(text_table(heads, rows))
+            tables = (self.findings_table(metric), self.sensitivity_table(metric))
+            parts += [text_table(heads, rows) for heads, rows in tables if rows]
         return "\n\n".join(parts)
 
     def heading(self) -> str:
@@ -132,11 +154,17 @@ class StudyReport:
                 f"{self.n_studies} studies: settings have {min(counts)} to {max(counts)} prompts; a"
                 " mean is over a setting's own, a comparison over those that both sides have"
             )
-        elif len(counts) > 1:
+        if self.n_missing or len(counts) > 1 and self.n_studies == 1:
             lines.append(
-                f"NOT COMPLETE: settings have {min(counts)} to {max(counts)} prompts so far, so"
-                " they cannot be compared with each other yet"
+                f"NOT COMPLETE: settings have {min(counts)} to {max(counts)} prompts so far; what"
+                " compares settings is over the prompts that all of them have"
             )
+        skipped = self.configuration.get("skipped", {})  # older folders do not have it
+        lines += [
+            f"skipped, {what}: {len(skipped[name])} prompts ({_some(skipped[name])})"
+            for name, what in _SKIPPED.items()
+            if skipped.get(name)
+        ]
         return "\n".join(lines)
 
     def steps_table(
@@ -150,9 +178,14 @@ class StudyReport:
         for setting in sorted(analysis.curves, key=_setting_order):
             curve = analysis.curves[setting]
             by_step = {cell.step: cell for cell in curve}
+            counts = {cell.value.n for cell in curve}
+            n = str(max(counts))
             cells = [_shown(by_step.get(step), metric) for step in steps]
+            if len(counts) > 1:  # several studies, or one that goes on
+                of = {step: f", n {cell.value.n}" for step, cell in by_step.items()}
+                cells = [cell + of.get(step, "") for cell, step in zip(cells, steps, strict=True)]
+                n = f"{min(counts)} to {n}"
             last = curve[-1]
-            n = str(max(cell.value.n for cell in curve))
             rows.append([setting.words, *cells, f"{last.landed[1]:.3f}", n, str(last.n_diverged)])
         return heads, rows
 
@@ -169,35 +202,42 @@ class StudyReport:
                 str(row.n_diverged),
             ]
             for row in sorted(
-                self.analyses[metric].robustness(), key=lambda row: _setting_order(row.setting)
+                self.compared[metric].robustness(), key=lambda row: _setting_order(row.setting)
             )
         ]
         return heads, rows
 
     def choices_table(self, metric: str) -> tuple[list[str], list[list[str]]]:
         """What would have been chosen by what can be seen without labels, and the best there is."""
-        heads = ["chosen by the least", "rank correlation", "points", "setting", "step", metric]
-        analysis = self.analyses[metric]
-        rows = [
-            [
-                PREDICTORS[choice.predictor][0],
-                "-" if math.isnan(choice.correlation) else self._correlation(metric, choice),
-                str(choice.n_points),
-                choice.setting.words,
-                str(choice.step),
-                number(choice.value, metric),
-            ]
-            for choice in analysis.choices()
-        ]
+        heads = ["chosen by the least", "rank correlation", "points", "setting", "step", metric,
+                 "change", "n"]  # fmt: skip
+        analysis = self.compared[metric]
+
+        def results(value: Estimate, change: Estimate) -> list[str]:
+            changed = shown_estimate(change, metric, sign=True)
+            return [number(value.mean, metric), changed, str(value.n)]
+
+        rows = []
+        choices = analysis.choices()
+        for choice in choices:
+            told = "-" if math.isnan(choice.correlation) else self._correlation(metric, choice)
+            cell = choice.cell
+            row = [PREDICTORS[choice.predictor][0], told, str(choice.n_points)]
+            row += [choice.setting.words, str(cell.step), *results(cell.value, cell.change)]
+            rows.append(row)
+        for choice in choices:
+            words = PREDICTORS[choice.predictor][0]
+            of_each = analysis.chosen_by_prompt(choice.predictor)
+            rows.append([f"{words}, of each prompt", "", "", "(its own)", "", *results(*of_each)])
         best = analysis.best()
         if best is not None:
-            setting, step, value = best
-            rows.append(
-                ["(best in hindsight)", "", "", setting.words, str(step), number(value, metric)]
-            )
+            setting, cell = best
+            shown = results(cell.value, cell.change)
+            rows.append(["(best in hindsight)", "", "", setting.words, str(cell.step), *shown])
         if analysis.unadapted is not None:
-            value = number(analysis.unadapted.mean, metric)
-            rows.append(["(not adapted)", "", "", "", "0", value])
+            value = analysis.unadapted
+            shown = [number(value.mean, metric), "", str(value.n)]
+            rows.append(["(not adapted)", "", "", "", "0", *shown])
         return heads, rows
 
     def findings_table(self, metric: str) -> tuple[list[str], list[list[str]]]:
@@ -216,12 +256,41 @@ class StudyReport:
 
     @cached_property
     def findings(self) -> dict[str, list[Finding]]:
-        """The findings of each metric."""
-        return {metric: findings(analysis) for metric, analysis in self.analyses.items()}
+        """The findings of each metric, and of the loss of the prompts."""
+        every = {**self.analyses, "loss": self.loss}
+        return {metric: findings(analysis) for metric, analysis in every.items()}
+
+    @cached_property
+    def sensitivities(self) -> dict[str, list[Sensitivity]]:
+        """How much each choice matters to each metric."""
+        return {metric: sensitivities(analysis) for metric, analysis in self.analyses.items()}
+
+    @cached_property
+    def correlations(self) -> dict[tuple[str, str], Estimate]:
+        """(metric, predictor) -> rank correlation, on the prompts that all settings have."""
+        return {
+            (metric, predictor): correlation(analysis, predictor)
+            for metric, analysis in self.compared.items()
+            for predictor in PREDICTORS
+        }
+
+    def sensitivity_table(self, metric: str) -> tuple[list[str], list[list[str]]]:
+        """How much each choice matters, and how much chance alone would make of it."""
+        heads = ["choice", "means", "spread", "by chance below", "p", "compared", "prompts"]
+        rows = []
+        for each in self.sensitivities[metric]:
+            means = ", ".join(
+                f"{_value_words(value)}: {number(mean, metric)}"
+                for value, mean in each.means.items()
+            )
+            spreads = [number(value, metric) for value in (each.spread, each.by_chance)]
+            counts = [str(each.n_groups), str(each.n_prompts)]
+            rows.append([AXIS_WORDS[each.axis], means, *spreads, f"{each.p:.3f}", *counts])
+        return heads, rows
 
     def _correlation(self, metric: str, choice: Choice) -> str:
         """A predictor's rank correlation with the metric, and its interval."""
-        interval = correlation(self.analyses[metric], choice.predictor)
+        interval = self.correlations[metric, choice.predictor]
         text = f"{choice.correlation:+.2f}"
         if math.isnan(interval.low):
             return text
@@ -229,21 +298,23 @@ class StudyReport:
 
     def conclusions(self, metric: str) -> list[str]:
         """What loss would have chosen, in a sentence, if there is anything to say."""
-        analysis = self.analyses[metric]
+        analysis = self.compared[metric]
         loss = next((c for c in analysis.choices() if c.predictor == "loss"), None)
         best, unadapted = analysis.best(), analysis.unadapted
         if loss is None or best is None or unadapted is None:
             return []
         told = (
-            "too few points for a rank correlation"
+            "no rank correlation, for one of both does not vary"
             if math.isnan(loss.correlation)
             else f"the rank correlation of a lower loss with a better value is"
             f" {self._correlation(metric, loss)} over {loss.n_points} settings and steps"
         )
+        chosen, hindsight = loss.cell.value.mean, best[1].value.mean
         return [
-            f"Chosen by the lowest loss of the prompts: {loss.setting.words}, step {loss.step},"
-            f" {number(loss.value, metric)}; not adapted {number(unadapted.mean, metric)}; the best"
-            f" in hindsight {number(best[2], metric)}; {told}."
+            f"Chosen by the lowest loss of the prompts: {loss.setting.words}, step"
+            f" {loss.cell.step}, {number(chosen, metric)}; not adapted"
+            f" {number(unadapted.mean, metric)}; the best in hindsight"
+            f" {number(hindsight, metric)}; {told} ({unadapted.n} prompts)."
         ]
 
     # ------------------------------------------------------------------ files
@@ -274,7 +345,8 @@ class StudyReport:
         """Write CSV files, the figures as PNG and report.html into a folder.
 
         table.csv has a row for each setting and step; for each metric there are the tables of
-        robustness, of what would have been chosen without labels, and of what others found.
+        robustness, of what would have been chosen without labels, of how much each choice matters,
+        and of what others found.
 
         Returns:
             The files.
@@ -293,9 +365,12 @@ class StudyReport:
             for name, table in (
                 ("robustness", self.robustness_table(metric)),
                 ("without_labels", self.choices_table(metric)),
+                ("sensitivity", self.sensitivity_table(metric)),
                 ("findings", self.findings_table(metric)),
             ):
                 files[f"{metric}_{name}.csv"] = _csv(*table).encode()
+        if self.findings["loss"]:
+            files["loss_findings.csv"] = _csv(*self.findings_table("loss")).encode()
         files |= {f"{figure.name}.png": figure.png for figure in figures}
         files["report.html"] = html_page(self, figures).encode()
         for name, content in files.items():
@@ -308,7 +383,8 @@ def _together(
 ) -> dict[str, Any]:
     """One configuration of studies that differ in their settings alone."""
     axes = [axis.name for axis in fields(Grid)]
-    first, *others = configurations
+    every = configurations
+    first, *others = every
     identity = dict(first["identity"])
     for folder, other in zip(folders[1:], others, strict=True):
         for name, value in other["identity"].items():
@@ -320,7 +396,43 @@ def _together(
                     f" with {identity.get(name)!r}. Only settings and the number of prompts may"
                     " differ; report them one by one."
                 )
-    return dict(first) | {"identity": identity}
+    skipped = {
+        name: list(
+            dict.fromkeys(itertools.chain(*(c.get("skipped", {}).get(name, ()) for c in every)))
+        )
+        for name in _SKIPPED
+    }
+    return dict(first) | {"identity": identity, "skipped": skipped}
+
+
+def _n_missing(configuration: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> int:
+    """Results that a study's configuration promises and its folder does not have."""
+    grid = Grid(**{axis.name: configuration["identity"][axis.name] for axis in fields(Grid)})
+    skipped = sum(map(len, configuration.get("skipped", {}).values()))
+    n_prompts = configuration["prompts"] - skipped
+    promised = n_prompts * len(grid.settings()) * len(grid.steps)
+    return max(0, promised - len({key_of(line) for line in lines}))
+
+
+def _what_was_run(configuration: Mapping[str, Any]) -> str:
+    """A study's prompts, steps and portions, from its folder."""
+    identity = configuration["identity"]
+    lines = [
+        f"{configuration['prompts']} prompts, looked at after"
+        f" {', '.join(map(str, identity['steps']))} steps"
+    ]
+    for each in configuration["portions"]:
+        portion = Portion.of(each)
+        first = portion.settings[0]
+        lines.append(
+            f"  {first.optimizer} on {first.scope}: {len(portion.settings)} settings,"
+            f" {portion.at_once} side by side, {portion.reason}"
+        )
+    return "\n".join(lines)
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
 
 
 def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -342,11 +454,11 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float, metric: str, sign: bool = False) -> str:
-    """A share in percent, a likelihood as it is."""
+    """A share in percent, a likelihood or loss as it is."""
     if math.isnan(value):
         return "-"
     plus = "+" if sign else ""
-    return f"{value:{plus}.4f}" if metric == "nll" else f"{100 * value:{plus}.1f}"
+    return f"{value:{plus}.4f}" if metric in ("nll", "loss") else f"{100 * value:{plus}.1f}"
 
 
 def shown_estimate(estimate: Estimate, metric: str, sign: bool = False) -> str:
@@ -359,6 +471,10 @@ def shown_estimate(estimate: Estimate, metric: str, sign: bool = False) -> str:
 
 def _shown(cell: Cell | None, metric: str) -> str:
     return "-" if cell is None else shown_estimate(cell.value, metric)
+
+
+def _value_words(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
 def _absent(value: Any) -> bool:

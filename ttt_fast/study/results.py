@@ -145,8 +145,8 @@ def open_configuration(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         folder: made if need be.
-        wanted: "identity" has to be what it is there; "prompts" may only have grown. All else is
-            kept as it was at first.
+        wanted: "identity" has to be what it is there; "prompts" may only have grown, and "skipped"
+            with it. All else is kept as it was at first.
 
     Raises:
         ResultsError: the folder belongs to another study; names what differs.
@@ -178,7 +178,7 @@ def open_configuration(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any
             f" {wanted['prompts']}. There may be more later, not fewer; give another folder."
         )
     if wanted["prompts"] > found["prompts"]:
-        return _save(path, found | {"prompts": wanted["prompts"]})
+        return _save(path, found | {name: wanted[name] for name in ("prompts", "skipped")})
     return found
 
 
@@ -190,11 +190,34 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIGURATION
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResultsError(
             f"{path}: cannot be read ({error}). Give the folder of a study, or a new one."
         ) from error
+    parts = {"identity": dict, "prompts": int, "portions": list, "about": dict}
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), kind) for name, kind in parts.items()
+    ):
+        raise ResultsError(
+            f"{path}: no configuration of a study, which has {', '.join(parts)}. Give the folder of"
+            " a study, or a new one."
+        )
+    return found
+
+
+def require_shared(folder: Path, agreed: Mapping[str, Any]) -> None:
+    """Whether this process sees the folder that the first one opened.
+
+    Raises:
+        ResultsError: it does not, as on machines without a common file system.
+    """
+    path = folder / CONFIGURATION
+    if not path.exists() or read_configuration(folder)["identity"] != agreed["identity"]:
+        raise ResultsError(
+            f"{folder}: this process does not see the {CONFIGURATION} that the first one wrote."
+            " Give a folder that all machines share."
+        )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

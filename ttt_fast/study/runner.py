@@ -18,7 +18,13 @@ from ttt_fast.config import SPAN_OPTIONS, TTTConfig
 from ttt_fast.study.grid import Grid, Setting
 from ttt_fast.study.plan import Plan, Portion, Unit, draw, fitting, portions
 from ttt_fast.study.report import StudyReport
-from ttt_fast.study.results import Results, line_of, open_configuration, read_lines
+from ttt_fast.study.results import (
+    Results,
+    line_of,
+    open_configuration,
+    read_lines,
+    require_shared,
+)
 from ttt_fast.study.scoring import score
 from ttt_fast.study.shards import Shard, joined
 from ttt_fast.study.stream import stream_states
@@ -114,6 +120,7 @@ def study(
                 **({"segment_tokens": chosen.segment_tokens} if chosen.segment_tokens else {}),
             },
             "prompts": len(drawn),
+            "skipped": dict(zip(("too_long", "too_short"), skipped, strict=True)),
             "portions": [
                 p.as_dict() for p in portions(chosen, model, grid, kept, **budget, **options)
             ],
@@ -128,6 +135,7 @@ def study(
         if show is not None and shard.first:
             show(plan.page())
         if not only_plan:
+            require_shared(folder, found)
             with Results(folder, (shard.rank, shard.world)) as results:
                 settings = options | {"seed": seed}
                 _Run(plan, model, tokenizer, results, delta_norm, settings).all(shard, progress)

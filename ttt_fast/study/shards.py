@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as distributed
 
 # A process waits for the last one to finish its share.
@@ -59,6 +60,18 @@ class Shard:
         """Until all processes are here: what they have written can be read."""
         if self.world > 1:
             distributed.barrier()
+
+
+def own_device(device: str | None = None) -> str:
+    """The device that was asked for, by default a GPU if there is one.
+
+    Of several GPUs each process that torchrun started on a machine has another one.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
 
 
 def first_process() -> bool:
