@@ -492,8 +492,8 @@ def test_the_report_of_two_folders(run, tmp_path):
     run(folder="adamw", grid=replace(SGD, optimizer=("adamw",)), prompts=3)
     assert not [f for f in more.findings["likelihood"] if "AdamW" in f.claim]
     both = StudyReport.read(tmp_path / "out", tmp_path / "adamw")
-    (found,) = [f for f in both.findings["likelihood"] if "AdamW" in f.claim]
-    assert found.difference.n == 3
+    found = [f for f in both.findings["likelihood"] if "AdamW" in f.claim]
+    assert found and {finding.difference.n for finding in found} == {3}
     assert both.configuration["identity"]["optimizer"] == ["sgd", "adamw"]
     assert "2 studies: settings have 3 to 4 prompts" in both.page()
     assert "NOT COMPLETE" not in both.page()
