@@ -32,7 +32,7 @@ from ttt_fast.kernels.rank_update import (
     tile_pointers,
 )
 from ttt_fast.kernels.rounding import random_bits, random_key, round_stochastic, seed_key
-from ttt_fast.kernels.sgd import sgd_step
+from ttt_fast.kernels.sgd import decayed_gradient, new_momentum, sgd_step
 from ttt_fast.kernels.update import add_landed, live_numel, scale_gradient
 
 # Weight and momentum come into registers beside the sums, so tiles are smaller than those of
@@ -82,6 +82,8 @@ def rank_sgd_kernel(
     )
     before = tl.load(place, mask=mask, other=0.0)
     g = scale_gradient(total, grad_norm, max_grad_norm, None, CLIP, False)
+    old = before.to(COMPUTE)
+    g = decayed_gradient(g, old, weight_decay, COMPUTE, DECAY)
     velocity = g
     if buffer is not None:
         own = tile_pointers(
@@ -89,13 +91,13 @@ def rank_sgd_kernel(
         )
         if not FIRST_STEP:
             velocity = tl.load(own, mask=mask, other=0.0).to(COMPUTE)
-    velocity, step = sgd_step(
-        g, velocity, before.to(COMPUTE), momentum, keep, weight_decay, minus_lr, lr_weight_decay,
-        COMPUTE, buffer is not None, DECAY, NESTEROV, FIRST_STEP,
-    )  # fmt: skip
-    if buffer is not None:
+            velocity = new_momentum(g, velocity, momentum, keep, COMPUTE)
         tl.store(own, velocity.to(buffer.dtype.element_ty), mask=mask)
-    target = before.to(COMPUTE) + step
+    step = sgd_step(
+        g, velocity, old, momentum, minus_lr, lr_weight_decay, COMPUTE, buffer is not None, DECAY,
+        NESTEROV,
+    )  # fmt: skip
+    target = old + step
     if STOCHASTIC:
         row = first_m.to(tl.int64) + m
         bits = random_bits(

@@ -38,30 +38,34 @@ from ttt_fast.kernels.update import (
 
 
 @triton.jit
-def sgd_step(
-    g, m, weight, momentum, keep, weight_decay, minus_lr, lr_weight_decay, COMPUTE: tl.constexpr,
-    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
-):  # fmt: skip
-    """Return the new momentum and the step, of a gradient that is scaled, in COMPUTE.
-
-    DECAY is "none", "coupled" or "decoupled"; keep = 1 - dampening. ``m`` is not used without
-    MOMENTUM and on the FIRST_STEP.
-    """
+def decayed_gradient(g, weight, weight_decay, COMPUTE: tl.constexpr, DECAY: tl.constexpr):
+    """Return the gradient with coupled decay; DECAY is "none", "coupled" or "decoupled"."""
     if DECAY == "coupled":
         g += scalar(weight_decay, COMPUTE) * weight
+    return g
+
+
+@triton.jit
+def new_momentum(g, m, momentum, keep, COMPUTE: tl.constexpr):
+    """Return momentum · m + keep · g, where keep = 1 - dampening."""
+    return scalar(momentum, COMPUTE) * m + scalar(keep, COMPUTE) * g
+
+
+@triton.jit
+def sgd_step(
+    g, m, weight, momentum, minus_lr, lr_weight_decay, COMPUTE: tl.constexpr,
+    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr,
+):  # fmt: skip
+    """Return what is added to the weight; ``m``, the new momentum, is not used without MOMENTUM."""
     u = g
     if MOMENTUM:
-        if FIRST_STEP:
-            m = g
-        else:
-            m = scalar(momentum, COMPUTE) * m + scalar(keep, COMPUTE) * g
         u = m
         if NESTEROV:
             u = g + scalar(momentum, COMPUTE) * m
     step = u * scalar(minus_lr, COMPUTE)
     if DECAY == "decoupled":
         step -= scalar(lr_weight_decay, COMPUTE) * weight
-    return m, step
+    return step
 
 
 @triton.jit(
@@ -104,17 +108,19 @@ def sgd_kernel(
             grad_pointer = chunk_pointer(pointers, n_chunks, chunk, GRADS, GRAD, ALIGNED)
             g = read(grad_pointer + lanes, mask, MASKED).to(COMPUTE)
             g = scale_gradient(g, grad_norm, max_grad_norm, grad_scale, CLIP, MAXIMIZE)
+            g = decayed_gradient(g, weight, weight_decay, COMPUTE, DECAY)
             m = g
             if STATE is not None:
                 buffer = chunk_pointer(pointers, n_chunks, chunk, STATES, STATE, ALIGNED) + lanes
                 if not FIRST_STEP:
                     m = read(buffer, mask, MASKED).to(COMPUTE)
-            m, step = sgd_step(
-                g, m, weight, momentum, keep, weight_decay, minus_lr, lr_weight_decay, COMPUTE,
-                STATE is not None, DECAY, NESTEROV, FIRST_STEP,
-            )  # fmt: skip
-            if STATE is not None:
+                    m = new_momentum(g, m, momentum, keep, COMPUTE)
+                # Before the step is made: later, it costs six registers.
                 write(buffer, m.to(STATE), mask, MASKED)
+            step = sgd_step(
+                g, m, weight, momentum, minus_lr, lr_weight_decay, COMPUTE, STATE is not None,
+                DECAY, NESTEROV,
+            )  # fmt: skip
             apply_step(
                 pointers, n_chunks, place, step, before, base, delta, lanes, mask, landed_sums,
                 undo, PARAM, COMPUTE, DELTA, LANDED, STOCHASTIC, UNDO, ALIGNED, MASKED,
