@@ -27,12 +27,13 @@ from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.rank_update import (
     GROUP,
     Tiles,
+    first_of_tile,
     launch_options,
     product_tile,
     tile_pointers,
 )
 from ttt_fast.kernels.rounding import random_bits, random_key, round_stochastic, seed_key
-from ttt_fast.kernels.sgd import decayed_gradient, new_momentum, sgd_step
+from ttt_fast.kernels.sgd import decay_kind, decayed_gradient, new_momentum, sgd_step
 from ttt_fast.kernels.update import add_landed, live_numel, scale_gradient
 
 # Weight and momentum come into registers beside the sums, so tiles are smaller than those of
@@ -64,10 +65,7 @@ def rank_sgd_kernel(
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of a weight. ``buffer`` is None without momentum."""
-    tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    tile = tl.program_id(0)
-    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, GROUP_M)
-    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    first_m, first_n = first_of_tile(out, width, BLOCK_M, BLOCK_N, GROUP_M)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_m, in_n = first_m + m < live_numel(out, found_inf), first_n + n < width
     COMPUTE: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
@@ -109,6 +107,7 @@ def rank_sgd_kernel(
     if landed_sums is not None:
         wide = tl.where(mask, step, 0.0).to(tl.float64)
         moved = after.to(tl.float64) - before.to(tl.float64)
+        tile = tl.program_id(0)
         tl.store(landed_sums + 2 * tile, tl.sum(moved * wide))
         tl.store(landed_sums + 2 * tile + 1, tl.sum(wide * wide))
     tl.store(place, after, mask=mask)
@@ -142,9 +141,6 @@ def rank_sgd_launch(
     seed: int = 0,
 ) -> None:
     """See :func:`ttt_fast.ops.rank_sgd_`, which checks the arguments."""
-    decay = "none"
-    if weight_decay:
-        decay = "decoupled" if decoupled_weight_decay else "coupled"
     programs = [_programs(x, dy) for x, dy in zip(xs, dys, strict=True)]
     if sum(programs) == 0:
         return
@@ -166,7 +162,8 @@ def rank_sgd_launch(
             *((0, 0, 0) if buffer is None else _strides(buffer)), *x.stride(), *dy.stride(),
             max_grad_norm, momentum, 1.0 - dampening, weight_decay, -lr, lr * weight_decay,
             GROUPED=param.dim() == 3, CLIP=grad_norm is not None and max_grad_norm >= 0,
-            DECAY=decay, NESTEROV=nesterov, FIRST_STEP=first_step,
+            DECAY=decay_kind(weight_decay, decoupled_weight_decay), NESTEROV=nesterov,
+            FIRST_STEP=first_step,
             **_constants(x.dtype, tiles, stochastic), **launch_options(tiles),
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -97,6 +97,15 @@ def product_tile(
 
 
 @triton.jit
+def first_of_tile(out, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column with which this program's tile begins, in an order that shares reads."""
+    tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    tile = tl.program_id(0)
+    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, GROUP_M)
+    return tile_m * BLOCK_M, tile_n * BLOCK_N
+
+
+@triton.jit
 def tile_pointers(
     matrix, first_m, first_n, m, n, group_rows, stride_g, stride_r, stride_k, GROUPED: tl.constexpr
 ):
@@ -120,10 +129,7 @@ def rank_update_kernel(
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of the weight."""
-    tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    tile = tl.program_id(0)
-    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, GROUP_M)
-    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    first_m, first_n = first_of_tile(out, width, BLOCK_M, BLOCK_N, GROUP_M)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_m, in_n = first_m + m < out, first_n + n < width
     wide: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32

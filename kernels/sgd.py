@@ -127,6 +127,13 @@ def sgd_kernel(
             )  # fmt: skip
 
 
+def decay_kind(weight_decay: float, decoupled: bool) -> str:
+    """DECAY of a launch."""
+    if weight_decay == 0:
+        return "none"
+    return "decoupled" if decoupled else "coupled"
+
+
 def sgd_launch(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -153,9 +160,6 @@ def sgd_launch(
     seed: int = 0,
 ) -> None:
     """See :func:`ttt_fast.ops.sgd_`, which checks the arguments."""
-    decay = "none"
-    if weight_decay:
-        decay = "decoupled" if decoupled_weight_decay else "coupled"
     launch_update(
         sgd_kernel,
         [params, grads, deltas, bases, momentum_buffers if momentum else []],
@@ -164,7 +168,8 @@ def sgd_launch(
         landed, undo, undo_offsets, rounding=rounding, seed=seed, max_grad_norm=max_grad_norm,
         momentum=momentum, keep=1.0 - dampening, weight_decay=weight_decay, minus_lr=-lr,
         lr_weight_decay=lr * weight_decay, CLIP=grad_norm is not None and max_grad_norm >= 0,
-        MAXIMIZE=maximize, DECAY=decay, NESTEROV=nesterov, FIRST_STEP=first_step,
+        MAXIMIZE=maximize, DECAY=decay_kind(weight_decay, decoupled_weight_decay),
+        NESTEROV=nesterov, FIRST_STEP=first_step,
     )  # fmt: skip
 
 
