@@ -11,12 +11,14 @@ import torch
 
 from tests import study_cases as cases
 from tests.loops import row_loss, sgd_loop
+from ttt_fast import TTTConfig
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.study import Grid, ResultsError, Setting, StudyReport, study
 from ttt_fast.study import results as results_module
 from ttt_fast.study import runner as runner_module
 from ttt_fast.study.results import Results, key_of, read_lines
+from ttt_fast.study.trajectories import SideBySide, factored_states
 
 ONE = dict(weight_decay=(0.0,), momentum=(0.9,), max_grad_norm=(1.0,), scope=("ffn",))
 SGD = Grid(lr=(1e-2, 1e-1), steps=(0, 2, 3), optimizer=("sgd",), **ONE)
@@ -376,6 +378,18 @@ def test_one_engine_at_a_time(run, monkeypatch, engine):
         assert not any(each() for each in made)
     finally:
         gc.enable()
+
+
+def test_deltas_that_take_turns_are_counted_once():
+    """They go in parts where they do not fit together; the bar is of all."""
+    counted = []
+    config = TTTConfig(steps=3, lr=1e-3, engine="factored", check_every=1, max_batch_tokens=8)
+    trainer = SideBySide(cases.model(), config)
+    prompts = [torch.arange(1, 9)] * 4
+    settings = SGD.settings()[:1] * 4
+    for _ in factored_states(trainer, prompts, settings, (0, 3), counted.append):
+        pass
+    assert counted == [1] * 12
 
 
 # ---------------------------------------------------------------------------- the plan

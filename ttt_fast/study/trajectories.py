@@ -121,7 +121,10 @@ def factored_states(
         delta_norm: measure it; on long trajectories that takes as long as the steps.
     """
     configs = [replace(trainer.config, **setting.as_dict()) for setting in settings]
-    adapted = trainer.adapt_pairs(prompts, configs, lambda report: on_step(len(prompts)))
+    # Those that do not fit together take turns, each all its steps.
+    adapted = trainer.adapt_pairs(
+        prompts, configs, lambda report: on_step(int((~report.losses.isnan()).sum()))
+    )
     with adapted:
         last = adapted.loss() if steps[-1] == trainer.config.steps else None
         for step in steps:
