@@ -100,7 +100,7 @@ def test_slices_of_fused_projections(dtype, kind):
     ("change", "message"),
     [
         ({"momentum": 0.9}, "momentum=0.9 needs momentum_buffers; got none"),
-        ({"max_grad_norm": 1.0}, "max_grad_norm needs grad_norm; compute it from ops.gram_norms"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm needs grad_norm; compute it with ops.gram_norms"),
         ({"rounding": "torch"}, "rounding='torch' is unknown; use 'nearest' or 'stochastic'"),
         ({"xs": []}, "got 1 params, 0 xs and 1 dys"),
         ({"xs": [torch.ones(2, 5)]}, r"xs\[0\] has shape \(2, 5\); .* with in = 4"),

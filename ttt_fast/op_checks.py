@@ -145,6 +145,35 @@ def check_factors(
             )
 
 
+def check_momentum(
+    op: str, momentum: float, momentum_buffers: Sequence[Tensor], params: Sequence[Tensor]
+) -> None:
+    """Momentum needs buffers."""
+    if momentum and len(momentum_buffers) == 0 and len(params) > 0:
+        raise ValueError(f"{op}: momentum={momentum} needs momentum_buffers; got none.")
+
+
+def check_clip(op: str, max_grad_norm: float | None, grad_norm: Tensor | None, source: str) -> None:
+    """Clipping needs the norm, which ``source`` computes."""
+    if max_grad_norm is not None and grad_norm is None:
+        raise ValueError(f"{op}: max_grad_norm needs grad_norm; compute it with {source}.")
+
+
+def check_own_rounding(op: str, rounding: str) -> None:
+    """What has no counterpart in torch cannot round as torch does."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{op}: rounding={rounding!r} is unknown; use 'nearest' or 'stochastic'.")
+
+
+def check_matrix(op: str, name: str, weight: Tensor) -> None:
+    """A weight is a matrix, or slices of a fused projection."""
+    if weight.dim() not in (2, 3):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(weight.shape)}; it must be (out, in) or (k, out / k,"
+            " in)."
+        )
+
+
 def check_pairs(
     op: str, params: Sequence[Tensor], xs: Sequence[Tensor], dys: Sequence[Tensor]
 ) -> None:
@@ -155,11 +184,7 @@ def check_pairs(
             " every weight."
         )
     for i, (param, x, dy) in enumerate(zip(params, xs, dys, strict=True)):
-        if param.dim() not in (2, 3):
-            raise ValueError(
-                f"{op}: params[{i}] has shape {tuple(param.shape)}; it must be (out, in) or "
-                "(k, out / k, in)."
-            )
+        check_matrix(op, f"params[{i}]", param)
         factors = [(f"xs[{i}]", x, ("R", "in"), ()), (f"dys[{i}]", dy, ("R", "out"), ())]
         sizes = {"out": param.shape[:-1].numel(), "in": param.shape[-1]}
         check_factors(op, param, factors, sizes)

@@ -26,7 +26,11 @@ from ttt_fast.op_checks import (
     COEFFICIENTS,
     DTYPES,
     ROUNDINGS,
+    check_clip,
     check_factors,
+    check_matrix,
+    check_momentum,
+    check_own_rounding,
     check_pairs,
     check_update,
 )
@@ -107,12 +111,8 @@ def sgd_(
     Raises:
         ValueError: lists do not pair up, unsupported dtype or option.
     """
-    if momentum and len(momentum_buffers) == 0 and len(params) > 0:
-        raise ValueError(f"sgd_: momentum={momentum} needs momentum_buffers; got none.")
-    if max_grad_norm is not None and grad_norm is None:
-        raise ValueError(
-            "sgd_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads)."
-        )
+    check_momentum("sgd_", momentum, momentum_buffers, params)
+    check_clip("sgd_", max_grad_norm, grad_norm, "ops.grad_norm(grads)")
     states = {"momentum_buffers": momentum_buffers} if momentum else {}
     check_update("sgd_", params, grads, states, deltas, bases, rounding, undo)
     torch.ops.ttt_fast.sgd_(
@@ -187,10 +187,7 @@ def adamw_(
     """
     if step_index < 1:
         raise ValueError(f"adamw_: step_index={step_index}; it counts from 1.")
-    if max_grad_norm is not None and grad_norm is None:
-        raise ValueError(
-            "adamw_: max_grad_norm needs grad_norm; compute it with ops.grad_norm(grads)."
-        )
+    check_clip("adamw_", max_grad_norm, grad_norm, "ops.grad_norm(grads)")
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     check_update("adamw_", params, grads, states, deltas, bases, rounding, undo)
     torch.ops.ttt_fast.adamw_(
@@ -403,15 +400,8 @@ def rank_update_(
     Raises:
         ValueError: shapes, dtypes or devices do not agree, or unknown rounding.
     """
-    if weight.dim() not in (2, 3):
-        raise ValueError(
-            f"rank_update_: weight has shape {tuple(weight.shape)}; it must be (out, in) or "
-            "(n, out / n, in)."
-        )
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(
-            f"rank_update_: rounding={rounding!r} is unknown; use 'nearest' or 'stochastic'."
-        )
+    check_matrix("rank_update_", "weight", weight)
+    check_own_rounding("rank_update_", rounding)
     storage = (weight.dtype, compute_dtype(weight.dtype))
     tensors = [
         ("x", x, ("R", "in"), storage),
@@ -477,16 +467,9 @@ def rank_sgd_(
     Raises:
         ValueError: lists do not pair up, unsupported dtype or option.
     """
-    if momentum and len(momentum_buffers) == 0 and len(params) > 0:
-        raise ValueError(f"rank_sgd_: momentum={momentum} needs momentum_buffers; got none.")
-    if max_grad_norm is not None and grad_norm is None:
-        raise ValueError(
-            "rank_sgd_: max_grad_norm needs grad_norm; compute it from ops.gram_norms(xs, dys)."
-        )
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(
-            f"rank_sgd_: rounding={rounding!r} is unknown; use 'nearest' or 'stochastic'."
-        )
+    check_momentum("rank_sgd_", momentum, momentum_buffers, params)
+    check_clip("rank_sgd_", max_grad_norm, grad_norm, "ops.gram_norms(xs, dys)")
+    check_own_rounding("rank_sgd_", rounding)
     states = {"momentum_buffers": momentum_buffers} if momentum else {}
     # The gradients are not there to be checked; their factors follow.
     check_update("rank_sgd_", params, params, states, (), (), rounding, None)
