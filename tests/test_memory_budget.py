@@ -158,6 +158,21 @@ def test_without_a_budget_nothing_is_refused(monkeypatch):
     assert adapt(trainer_of(tiny_model("llama"), "factored"), 9, 2).isfinite().all()
 
 
+def test_buffers_from_before_are_there_for_the_next_prompts(monkeypatch):
+    """They are missing from what is free, and filled anew: as many deltas go side by side again."""
+    trainer = trainer_of(fp64("llama"), "factored")
+    free = trainer.plan(6, 9).predicted_bytes["factored"]
+    monkeypatch.setattr(policy, "free_bytes", lambda device="cpu": free)
+    assert trainer.plan(6, 9).deltas_at_once == 6
+    adapt(trainer, 9, 6)
+    free -= trainer._engine("factored").nbytes
+    assert trainer.plan(6, 9).deltas_at_once == 6
+    assert trainer_of(trainer.model, "factored").plan(6, 9).deltas_at_once < 6
+    work = trainer._workload(6, 9)
+    # They are no memory for the other engine.
+    assert work.limit("factored") > work.limit("dense") == free
+
+
 # ---------------------------------------------------------------------------- the numbers are true
 
 # engine, scope, layers, tokens, steps, prompts, checkpointing
@@ -201,6 +216,8 @@ def peaks():
     """Bytes predicted and measured for each of CASES, in a process of its own."""
     # Without it, glibc keeps what was freed, for as long as something above it is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "TTT_FAST_BACKEND": "auto"}
+    # Each further thread has memory of its own for its share of a product, 5 MiB here.
+    environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-c", PROGRAM, json.dumps(CASES)]
     output = subprocess.run(command, check=True, capture_output=True, env=environment)
     return json.loads(output.stdout)

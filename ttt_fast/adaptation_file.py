@@ -225,10 +225,9 @@ def _fill(
     engine.tracks = []
     for where in about["tracks"]:
         weights = tensors[f"trajectory/{where['members'][0]}"].to(engine.device)
-        members = [engine.factors[i] for i in where["members"]]
-        track = Track(where["group"], deltas.Trajectory(weights), where["decays"], members)
-        for each in members:
-            each.track = track
+        track = Track(where["group"], deltas.Trajectory(weights), where["decays"])
+        for i in where["members"]:
+            engine.factors[i].track = track
         engine.tracks.append(track)
 
 

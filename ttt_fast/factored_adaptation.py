@@ -53,8 +53,9 @@ class FactoredAdaptation(Adaptation):
         self._ends = [[0, *each] for each in ends]
         # Numbers of the steps of the session in which each delta took part, from 0.
         session_steps = [torch.tensor(each, dtype=torch.int64) - 1 for each in ends]
+        engine = self._engine
         self._products = InnerProducts(
-            self._engine.tracks, [each.to(self._engine.device) for each in session_steps]
+            engine.factors, engine.tracks, [each.to(engine.device) for each in session_steps]
         )
         self._attached = True
         self._shown = slice(0, self.n_deltas)

@@ -156,7 +156,11 @@ class TTTTrainer:
         if self._work is None:
             self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
         device = self.selections[0].param.device
-        available = self.config.memory_budget or policy.free_bytes(device)
+        available, held = self.config.memory_budget, 0
+        if available is None:
+            available = policy.free_bytes(device)
+            factored = self._engines.get("factored")
+            held = 0 if factored is None or factored.in_use else factored.nbytes
         together = 1 if n_rows > 1 or self.config.pad_to_multiple_of else 2
         # On other devices all tokens have logits, and so do those of a span.
         all_count = device.type != "cpu" or self.config.kv == "frozen"
@@ -165,6 +169,7 @@ class TTTTrainer:
             self._work,
             deltas=n_deltas,
             available_bytes=available,
+            held_bytes=held,
             padded_from=together if padded else 0,
             n_labels=None if all_count else max(1, most),
         )
@@ -191,6 +196,7 @@ class TTTTrainer:
             n_rows=work.n_rows,
             context=work.context,
             available_bytes=work.available_bytes,
+            held_bytes=work.held_bytes,
             loss_in_head=work.loss_in_head,
             padded_from=work.padded_from,
             n_labels=work.n_labels,

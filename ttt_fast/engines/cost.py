@@ -282,11 +282,9 @@ def deltas_at_once(work: Workload) -> int:
     The factors of all of them are kept whatever the number; activations and logits only of those
     in a batch.
     """
-    if work.available_bytes is None:
-        return work.deltas
 
     def fits(n: int) -> bool:
-        return sum(factored_bytes(work, n).values()) <= work.available_bytes
+        return sum(factored_bytes(work, n).values()) <= work.limit("factored")
 
     return largest(work.deltas, fits)
 

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from ttt_fast import ops, reference
-from ttt_fast.engines.factors import MatrixFactors, VectorFactors
+from ttt_fast.engines.factors import Factors, MatrixFactors, VectorFactors
 from ttt_fast.engines.rows import Rows
 from ttt_fast.reference import compute_dtype
 from ttt_fast.sgd import Coefficients
-
-Factors = MatrixFactors | VectorFactors
 
 # Elements of a weight that are taken at a time.
 _BLOCK_ELEMENTS = 1 << 20

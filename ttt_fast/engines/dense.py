@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -295,16 +296,17 @@ class DenseEngine:
                 key = (self._groups[i], state.step_counts[i], self.views[i].device)
                 alike.setdefault(key, []).append(i)
                 state.step_counts[i] += 1
-        number = 0
+        number = count()
         for (group, taken, device), members in alike.items():
+            options = self._options(delta, group, norm.to(device), found_inf)
             factors = self._factors(members, gradients)
-            for blocks in self._calls(members, gradients, factors):
-                options = self._options(delta, group, norm.to(device), found_inf, number)
-                if blocks[0].index in factors:
-                    self._update_products(delta, group, taken, blocks, factors, options)
-                else:
-                    self._update_blocks(delta, group, taken, blocks, gradients, options)
-                number += 1
+            if factors:
+                seeded = options | self._seed(delta, next(number))
+                self._update_factors(delta, group, taken, factors, seeded)
+            others = [i for i in members if i not in factors]
+            for blocks in self._calls(others, gradients):
+                seeded = options | self._seed(delta, next(number))
+                self._update_blocks(delta, group, taken, blocks, gradients, seeded)
         state.steps += 1
         return norm[None]
 
@@ -394,22 +396,21 @@ class DenseEngine:
             if pair is not None and all(f.dtype == self.views[i].dtype for f in pair)
         }
 
-    def _calls(
-        self,
-        members: list[int],
-        gradients: list[Gradient | None],
-        factors: Mapping[int, tuple[Tensor, Tensor]],
-    ) -> Iterator[list[Block]]:
-        """Weights whose gradients are there in one call, as those of factors; others in blocks."""
+    def _calls(self, members: list[int], gradients: list[Gradient | None]) -> Iterator[list[Block]]:
+        """Weights whose gradients are there in one call of the fused update, others in blocks."""
         whole = [Block(i) for i in members if isinstance(gradients[i], Tensor)]
-        yield from filter(None, (whole, [Block(i) for i in factors]))
-        products = [i for i in members if isinstance(gradients[i], Products) and i not in factors]
+        if whole:
+            yield whole
+        products = [i for i in members if isinstance(gradients[i], Products)]
         yield from blocks_for_calls(self.views, products, self.config.snapshot == "undo")
 
-    def _options(
-        self, delta: int, group: int, norm: Tensor, found_inf: Tensor, number: int
-    ) -> dict[str, Any]:
-        """What the fused updates of SGD and AdamW are told alike."""
+    def _seed(self, delta: int, number: int) -> dict[str, int]:
+        """The option of a call of the step: calls must not share their random bits either."""
+        stream = self.config.random_stream(delta, self._states[delta].steps)
+        return {"seed": (stream ^ (number << 48)) & _SEED_MASK}
+
+    def _options(self, delta: int, group: int, norm: Tensor, found_inf: Tensor) -> dict[str, Any]:
+        """What the calls of the fused updates are told alike, on one device."""
         config, state, device = self._group_configs[group], self._states[delta], norm.device
         landed = state.landed.get(device)
         if landed is None:
@@ -420,8 +421,6 @@ class DenseEngine:
             "grad_norm": norm,
             "max_grad_norm": config.max_grad_norm,
             "rounding": config.rounding,
-            # The calls of a step must not share their random bits either.
-            "seed": (config.random_stream(delta, state.steps) ^ (number << 48)) & _SEED_MASK,
             "found_inf": found_inf.to(device),
             "landed": landed,
         }
@@ -434,23 +433,21 @@ class DenseEngine:
             "decoupled_weight_decay": config.decoupled_weight_decay,
         }  # fmt: skip
 
-    def _update_products(
+    def _update_factors(
         self,
         delta: int,
         group: int,
         taken: int,
-        blocks: list[Block],
         factors: Mapping[int, tuple[Tensor, Tensor]],
         options: dict[str, Any],
     ) -> None:
         """One call of the fused update that forms the gradients itself."""
-        indices = [block.index for block in blocks]
-        buffers = self._states[delta].state.get("momentum_buffers")
-        if not self._group_configs[group].momentum:
-            buffers = None
+        dys, xs = zip(*factors.values(), strict=True)
+        buffers: list[Tensor] = []
+        if self._group_configs[group].momentum > 0:
+            buffers = [self._states[delta].state["momentum_buffers"][i] for i in factors]
         ops.rank_sgd_(
-            [self.views[i] for i in indices], [factors[i][1] for i in indices],
-            [factors[i][0] for i in indices], [buffers[i] for i in indices] if buffers else [],
+            [self.views[i] for i in factors], xs, dys, buffers,
             backend=ops.backend_for("rank_sgd_", self.config.backend),
             **options, **self._sgd_options(group, taken),
         )  # fmt: skip
@@ -473,7 +470,7 @@ class DenseEngine:
         params = pick(self.views)
         formed = isinstance(gradients[blocks[0].index], Tensor)
         grads = pick(gradients) if formed else self._scratch.fill(blocks, params, gradients)
-        options |= {
+        options = options | {
             "deltas": pick(state.deltas),
             "bases": pick(self.snapshot.originals if config.accumulate == "delta" else []),
             "undo": self._undo_log(blocks) if config.snapshot == "undo" else None,

@@ -21,12 +21,14 @@ from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.factorable import take_over, unsupported
 from ttt_fast.engines.factors import (
+    Factors,
     Inputs,
     Lookups,
     MatrixFactors,
     Padding,
     Track,
     VectorFactors,
+    of_track,
     squared_norm,
 )
 from ttt_fast.engines.groups import group_config, group_of_each, numbers
@@ -128,7 +130,6 @@ class FactoredEngine:
         for factors, group in zip(self.factors, self._groups, strict=True):
             rows = self._capacity if isinstance(factors, MatrixFactors) else self.config.steps
             factors.begin(self._root, rows, tracks[group])
-            tracks[group].members.append(factors)
         self._new_step()
         if self.desk.layout is not None:
             self.show(slice(0, self.n_deltas))
@@ -226,16 +227,18 @@ class FactoredEngine:
         rows = [(use, use.rows) for use in (*self._recorders(), *vectors)]
         filled = [(buffer, buffer.filled) for buffer in self._buffers()]
         steps = self.steps, list(self._steps_of)
-        return *steps, self._root, self._limits, _copies(self.tracks), rows, filled
+        number = {track: n for n, track in enumerate(self.tracks)}
+        tracks = [track.copy() for track in self.tracks], [number[f.track] for f in self.factors]
+        return *steps, self._root, self._limits, tracks, rows, filled
 
     def adopt(self, bookkeeping: Any) -> None:
         """Note what the steps of a replay have changed, as if they had been taken."""
         self.steps, steps_of, self._root, self._limits, tracks, rows, filled = bookkeeping
         self._steps_of = list(steps_of)
-        self.tracks = _copies(tracks)
-        for track in self.tracks:
-            for factors in track.members:
-                factors.track = track
+        tracks, numbers_of_factors = tracks
+        self.tracks = [track.copy() for track in tracks]
+        for factors, n in zip(self.factors, numbers_of_factors, strict=True):
+            factors.track = self.tracks[n]
         for use, after in rows:
             use.rows = use.pending = after
         for buffer, count in filled:
@@ -334,8 +337,8 @@ class FactoredEngine:
         clip = clip_coefficient(self._norms, self._limits)
         finite = found_inf == 0
         for track in list(self.tracks):
-            parts: dict[frozenset[int], list[MatrixFactors | VectorFactors]] = {}
-            for factors in track.members:
+            parts: dict[frozenset[int], list[Factors]] = {}
+            for factors in of_track(self.factors, track):
                 reached = frozenset(self._reached.get(id(factors), ()))
                 parts.setdefault(reached, []).append(factors)
             # A parameter that got no gradient sits the step out, with coefficients of its own.
@@ -402,11 +405,10 @@ class FactoredEngine:
                 tensor[i].fill_(value)
         return tensor
 
-    def _split(self, track: Track, members: list[MatrixFactors | VectorFactors]) -> None:
+    def _split(self, track: Track, members: Sequence[Factors]) -> None:
         """Give some parameters of a track coefficients of their own, equal so far."""
-        part = Track(track.group, track.coefficients.clone(), track.decays, members)
+        part = track.copy()
         for factors in members:
-            track.members.remove(factors)
             factors.track = part
         self.tracks.append(part)
 
@@ -456,8 +458,3 @@ class FactoredEngine:
                 " adapted.weights_of(delta) as model`."
             )
         layout.n_rows = given.shape[0]
-
-
-def _copies(tracks: Sequence[Track]) -> list[Track]:
-    """The same tracks, to be changed without the others."""
-    return [Track(t.group, t.coefficients.clone(), t.decays, list(t.members)) for t in tracks]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -351,9 +351,12 @@ class VectorFactors:
         self.rows = self.pending
 
 
-@dataclass
+@dataclass(eq=False)
 class Track:
     """Parameters that share coefficients: one group, and a gradient in the same steps.
+
+    Factors know their track and it does not know them: a cycle of references would keep their
+    buffers, gigabytes, until Python next looks for cycles.
 
     Attributes:
         group: number of the parameter group, -1 for the default one.
@@ -364,11 +367,22 @@ class Track:
     group: int
     coefficients: Coefficients
     decays: bool
-    members: list[MatrixFactors | VectorFactors] = field(default_factory=list)
+
+    def copy(self) -> Track:
+        """The same, to be changed without this one."""
+        return replace(self, coefficients=self.coefficients.clone())
+
+
+Factors = MatrixFactors | VectorFactors
+
+
+def of_track(factors: Sequence[Factors], track: Track) -> list[Factors]:
+    """Those of a track, in their order."""
+    return [each for each in factors if each.track is track]
 
 
 def squared_norm(
-    factors: Sequence[MatrixFactors | VectorFactors],
+    factors: Sequence[Factors],
     deltas: slice,
     device: torch.device,
     backend: str = "auto",

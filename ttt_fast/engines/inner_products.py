@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ttt_fast import ops
 from ttt_fast.engines.deltas import (
-    Factors,
     linear_rows,
     lookup_rows,
     selected_outputs,
     vector_rows,
 )
-from ttt_fast.engines.factors import Track, VectorFactors
+from ttt_fast.engines.factors import Factors, Track, VectorFactors, of_track
 from ttt_fast.reference import compute_dtype
 
 # Rows of tokens whose products with all others are held at a time, (rows, R) twice.
@@ -35,12 +34,15 @@ class InnerProducts:
     """Of the gradients of every two steps, and of each with W₀: computed when first asked for.
 
     Args:
-        tracks: parameters and their coefficients.
+        factors: of all parameters.
+        tracks: their coefficients.
         steps: for each delta, the steps of the session in which it took part, ascending, (K,).
     """
 
-    def __init__(self, tracks: Sequence[Track], steps: Sequence[Tensor]) -> None:
-        self._tracks, self._steps = tracks, steps
+    def __init__(
+        self, factors: Sequence[Factors], tracks: Sequence[Track], steps: Sequence[Tensor]
+    ) -> None:
+        self._factors, self._tracks, self._steps = factors, tracks, steps
         self._of_gradients: list[list[Tensor]] = []
         self._with_base: list[list[tuple[Tensor, Tensor]]] = []
 
@@ -74,7 +76,7 @@ class InnerProducts:
         if not self._of_gradients:
             self._of_gradients = [
                 [
-                    sum(gradient_products(factors, delta, own) for factors in track.members)
+                    sum(gradient_products(each, delta, own) for each in self._of(track))
                     for delta, own in enumerate(self._steps)
                 ]
                 for track in self._tracks
@@ -85,20 +87,26 @@ class InnerProducts:
         """⟨W₀, G_s⟩, (K,), and ‖W₀‖², summed and arranged likewise; zeros where nothing decays."""
         if not self._with_base:
             self._with_base = [
-                [_base_products_of(track, delta, own) for delta, own in enumerate(self._steps)]
+                [
+                    _base_products_of(self._of(track) if track.decays else [], delta, own)
+                    for delta, own in enumerate(self._steps)
+                ]
                 for track in self._tracks
             ]
         return self._with_base
+
+    def _of(self, track: Track) -> list[Factors]:
+        return of_track(self._factors, track)
 
 
 def _decayed(track: Track) -> bool:
     return track.decays and bool((track.coefficients.rho != 1).any())
 
 
-def _base_products_of(track: Track, delta: int, own: Tensor) -> tuple[Tensor, Tensor]:
+def _base_products_of(members: Sequence[Factors], delta: int, own: Tensor) -> tuple[Tensor, Tensor]:
     inner = torch.zeros_like(own, dtype=torch.float64)
     square = inner.new_zeros(())
-    for factors in track.members if track.decays else ():
+    for factors in members:
         products, base = base_products(factors, delta, own)
         inner, square = inner + products, square + base
     return inner, square

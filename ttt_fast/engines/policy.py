@@ -6,7 +6,6 @@ device will do), :func:`choose` compares what the engines cost (:mod:`ttt_fast.e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,9 +162,9 @@ class Choice:
     deltas_at_once: int = 1
     checkpointing: bool = False
 
-    def fits(self, limit: int | None) -> bool:
-        """Whether the engine is predicted to need no more bytes above the model than a limit."""
-        return limit is None or self.predicted_bytes[self.engine] <= limit
+    def fits(self, work: Workload) -> bool:
+        """Whether the engine is predicted to need no more bytes than there are for it."""
+        return self.predicted_bytes[self.engine] <= work.limit(self.engine)
 
 
 def choose(work: Workload, machine: Machine, engine: str = "auto") -> Choice:
@@ -190,7 +189,7 @@ def choose(work: Workload, machine: Machine, engine: str = "auto") -> Choice:
     if work.checkpointing != "auto":
         return _choose(work, machine, engine)
     whole = _choose(replace(work, checkpointing=False), machine, engine)
-    if whole.fits(work.available_bytes) or not work.blocks:
+    if whole.fits(work) or not work.blocks:
         return whole
     again = _choose(replace(work, checkpointing=True), machine, engine)
     smaller = again.predicted_bytes[again.engine] < whole.predicted_bytes[whole.engine]
@@ -219,8 +218,7 @@ def _decide(work: Workload, ms: dict[str, float], sizes: dict[str, int]) -> tupl
     """The engine that is faster among those that fit, and why."""
     if work.obstacle is not None:
         return "dense", f"dense: {work.obstacle}"
-    limit = math.inf if work.available_bytes is None else work.available_bytes
-    fits = {name: size <= limit for name, size in sizes.items()}
+    fits = {name: size <= work.limit(name) for name, size in sizes.items()}
     if fits["dense"] != fits["factored"]:
         chosen, other = ("dense", "factored") if fits["dense"] else ("factored", "dense")
         return chosen, (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,8 @@ class Workload:
         checkpointing: those are computed again in the backward pass; "auto" where they have to.
         obstacle: why the factored engine cannot do this, None if it can.
         available_bytes: memory above the model, None for no limit.
+        held_bytes: of buffers that the factored engine has from before and fills anew: not among
+            what is available, and there for it all the same.
     """
 
     layers: tuple[Layer, ...]
@@ -112,6 +115,7 @@ class Workload:
     checkpointing: bool | str = False
     obstacle: str | None = None
     available_bytes: int | None = None
+    held_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.steps < 0 or self.deltas < 1:
@@ -119,6 +123,12 @@ class Workload:
                 f"Workload: tokens={self.tokens}, steps={self.steps}, deltas={self.deltas}; there"
                 " must be at least one token, no negative number of steps, and one delta."
             )
+
+    def limit(self, engine: str) -> float:
+        """Bytes above the model that an engine can have."""
+        if self.available_bytes is None:
+            return math.inf
+        return self.available_bytes + (self.held_bytes if engine == "factored" else 0)
 
     @property
     def itemsize(self) -> int:
