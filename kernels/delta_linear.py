@@ -19,7 +19,7 @@ Bound, from peak rates: memory below 160 rows on an A100, 290 on an H100; there 
 keep enough loads under way on all multiprocessors without dividing the sum over the inputs. Above,
 arithmetic. The rank is a run-time value that nothing is specialised on: all steps share one kernel.
 
-Reference: delta_linear in ttt_fast/reference.py.
+Reference: delta_linear in ttt_fast/factor_reference.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from ttt_fast.kernels.blocks import pointer_to
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.two_terms import two_terms
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Rows of scores are padded to a multiple of it: of every tile's columns and depth.
 RANK_PADDING = 128

@@ -10,7 +10,7 @@ Bytes moved: every tile reads the rows of its tokens, so x and dy are read (n + 
 delta has n tiles of tokens (once up to 64 tokens if there are enough programs), from the L2 cache
 after the first. Written: one number a tile. Bound: memory bandwidth for short prompts, tensor cores
 for long ones; float32 has none that are exact and multiplies on the ordinary ones.
-Reference: gram_norm in ttt_fast/reference.py.
+Reference: gram_norm in ttt_fast/factor_reference.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ttt_fast.kernels.blocks import pointer_to
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Smaller tiles read more but make more programs: a GPU has 100 to 150 multiprocessors to fill.
 TILES = (64, 32)

@@ -7,7 +7,7 @@ table serves every step, and a step uploads nothing. Where the addresses themsel
 table is an upload of 80 bytes a pair that nothing waits for.
 
 Bytes moved and bound: as in gram_norm.py; the pairs fill the GPU together.
-Reference: gram_norms in ttt_fast/reference.py.
+Reference: gram_norms in ttt_fast/factor_reference.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ttt_fast.kernels.gram_norm import (
 )
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.pointer_table import device_integers
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # What a table has of a tensor: see _place.
 NUMBERS = tl.constexpr(5)

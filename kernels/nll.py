@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ttt_fast.kernels.blocks import divide, pointer_to
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.reference import NLL_SMALLEST, compute_dtype
+from ttt_fast.reference import NLL_SMALLEST
+from ttt_fast.rounding import compute_dtype
 
 BLOCK_BYTES = 8192
 NUM_WARPS = 4

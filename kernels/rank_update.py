@@ -11,7 +11,7 @@ rates: memory below 160 rows of factors on an A100, 290 on an H100; above, arith
 rows is a run-time value that nothing is specialised on. β is on the device, scale may be, and
 nothing is waited for.
 
-Reference: rank_update_ in ttt_fast/reference.py.
+Reference: rank_update_ in ttt_fast/factor_reference.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ttt_fast.kernels.blocks import TRITON_DTYPES, pointer_to
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.rounding import random_bits, random_key, round_stochastic, seed_key
 from ttt_fast.kernels.two_terms import two_terms
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Rows of tiles whose tiles come one after the other: they share what they read of x and dy.
 GROUP = 8

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ttt_fast.kernels.blocks import divide, pointer_to, scalar, square_root
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Of a tile, in the compute type: the backward has six such numbers for each element at a time.
 BYTES_PER_THREAD = 64

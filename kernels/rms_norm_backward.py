@@ -30,7 +30,7 @@ from ttt_fast.kernels.rms_norm import (
     store_tile,
     tiles_for,
 )
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # A program takes more tiles where there are so many programs all the same: two for each of the 100
 # to 150 multiprocessors of a GPU.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ttt_fast.kernels.blocks import pointer_to
 from ttt_fast.kernels.machine_code import Case
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Pairs of columns of a program at most: 8 for each thread of 4 warps, one access in 16 bits.
 MOST_PAIRS = 1024

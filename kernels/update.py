@@ -35,7 +35,8 @@ from ttt_fast.kernels.blocks import (
 from ttt_fast.kernels.machine_code import Case
 from ttt_fast.kernels.pointer_table import device_integers, pointer_tables, with_long_runs
 from ttt_fast.kernels.rounding import random_bits, random_key, round_stochastic, seed_key
-from ttt_fast.reference import UNDO_CHUNK, compute_dtype
+from ttt_fast.reference import UNDO_CHUNK
+from ttt_fast.rounding import compute_dtype
 
 # Elements of a program, a straight line of accesses of 128 bits. 8 elements a thread keep SGD with
 # momentum at 32 to 39 registers; 16 took 64, and halved the threads that can be resident.

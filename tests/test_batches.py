@@ -403,9 +403,11 @@ def test_a_session_is_planned_with_its_numbers(monkeypatch, n_tokens):
     model, rows = fp64(), prompt_ids(9, n_rows=2)
     asked = []
     trainer = trainer_of(model, "auto")
-    plan = trainer.plan
+    choose = trainer._planner.choose
     monkeypatch.setattr(
-        trainer, "plan", lambda *numbers: asked.append(numbers) or plan(*numbers, "factored")
+        trainer._planner,
+        "choose",
+        lambda work: asked.append((work.deltas, work.tokens)) or choose(work, "factored"),
     )
     with trainer.begin(n_deltas=2, n_tokens=n_tokens) as session:
         for _ in range(STEPS):

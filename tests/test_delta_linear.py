@@ -7,7 +7,7 @@ from tests.tolerances import assert_no_worse
 from tests.update_cases import DTYPES
 from ttt_fast import ops
 from ttt_fast.engines.products import linear
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

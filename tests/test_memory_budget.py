@@ -168,7 +168,7 @@ def test_buffers_from_before_are_there_for_the_next_prompts(monkeypatch):
     free -= trainer._engine("factored").nbytes
     assert trainer.plan(6, 9).deltas_at_once == 6
     assert trainer_of(trainer.model, "factored").plan(6, 9).deltas_at_once < 6
-    work = trainer._workload(6, 9)
+    work = trainer._work(6, 9)
     # They are no memory for the other engine.
     assert work.limit("factored") > work.limit("dense") == free
 

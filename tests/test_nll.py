@@ -10,7 +10,7 @@ from tests.update_cases import (
     for_each_number_of_threads,
 )
 from ttt_fast import ops
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 backends = pytest.mark.parametrize("backend", backend_params())
 needs_cpp = pytest.mark.parametrize("backend", backend_params()[1:])

@@ -5,7 +5,7 @@ import torch
 
 from tests.update_cases import DTYPES, assert_same_bits, row_slices
 from ttt_fast import ops
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 OPTIONS = {

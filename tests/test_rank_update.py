@@ -4,8 +4,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tolerances import assert_no_worse
 from tests.update_cases import DTYPES, assert_same_bits, row_slices
-from ttt_fast import ops, reference
-from ttt_fast.reference import compute_dtype
+from ttt_fast import factor_reference, ops, reference
+from ttt_fast.rounding import compute_dtype, random_bits, round_stochastic
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 HALVES = [torch.bfloat16, torch.float16]
@@ -81,13 +81,13 @@ def test_rounds_once(dtype):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("elements", [1, 100, 1000, 1 << 20])
 def test_blocks_change_no_bit(monkeypatch, dtype, rounding, elements):
-    monkeypatch.setattr(reference, "RANK_UPDATE_ELEMENTS", elements)
+    monkeypatch.setattr(factor_reference, "RANK_UPDATE_ELEMENTS", elements)
     weight, *factors = integers(9, 30, 33, dtype)
     exact = target(weight, *factors, 2.0, compute_dtype(dtype))
     expected = exact.to(dtype)
     if rounding == "stochastic":
-        bits = reference.random_bits(11, 0, exact.numel(), exact.device)
-        expected = reference.round_stochastic(exact, dtype, bits)
+        bits = random_bits(11, 0, exact.numel(), exact.device)
+        expected = round_stochastic(exact, dtype, bits)
     ops.rank_update_(weight, *factors, scale=2.0, rounding=rounding, seed=11)
     assert_same_bits([weight], [expected], "weight")
     if rounding == "stochastic" and dtype in HALVES:
@@ -98,7 +98,7 @@ def test_blocks_change_no_bit(monkeypatch, dtype, rounding, elements):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("kind", range(5))
 def test_slices_and_strides(monkeypatch, dtype, rounding, kind):
-    monkeypatch.setattr(reference, "RANK_UPDATE_ELEMENTS", 500)
+    monkeypatch.setattr(factor_reference, "RANK_UPDATE_ELEMENTS", 500)
     parameter, *_ = integers(1, 96, 96, dtype)
     view = row_slices([parameter] * 5)[kind]
     if kind == 1:  # the weight of a Conv1D is (in, out)
@@ -118,7 +118,7 @@ def test_slices_and_strides(monkeypatch, dtype, rounding, kind):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_nothing_as_large_as_the_weight_is_made(monkeypatch, dtype):
-    monkeypatch.setattr(reference, "RANK_UPDATE_ELEMENTS", 1000)
+    monkeypatch.setattr(factor_reference, "RANK_UPDATE_ELEMENTS", 1000)
     largest = 0
 
     class Watch(TorchDispatchMode):

@@ -4,7 +4,7 @@ import torch
 from tests.tolerances import assert_no_worse
 from tests.update_cases import DTYPES, backend_params, for_each_number_of_threads
 from ttt_fast import ops
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 backends = pytest.mark.parametrize("backend", backend_params())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

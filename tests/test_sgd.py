@@ -21,7 +21,7 @@ from tests.update_cases import (
     steps_of_grads,
 )
 from ttt_fast import ops
-from ttt_fast.reference import random_bits, round_stochastic
+from ttt_fast.rounding import random_bits, round_stochastic
 
 backends = pytest.mark.parametrize("backend", backend_params())
 needs_cpp = pytest.mark.parametrize("backend", backend_params()[1:])

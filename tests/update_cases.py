@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ttt_fast import ops
 from ttt_fast.backend import available_backends, backends_on
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLICE_SHAPES = [(96, 48), (128, 96), (200, 48), (64, 64), (96, 192)]

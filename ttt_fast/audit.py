@@ -30,7 +30,7 @@ from ttt_fast.conditions import finite, model_name, versions
 from ttt_fast.config import TTTConfig
 from ttt_fast.engines.policy import dense_bytes, free_bytes, workload
 from ttt_fast.model_state import evaluating
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 from ttt_fast.scope import Selection
 from ttt_fast.session import DivergedError
 from ttt_fast.snapshot import Snapshot

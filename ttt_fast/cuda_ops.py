@@ -20,7 +20,8 @@ from ttt_fast.kernels.pointer_table import (
     pointer_tables,
     with_long_runs,
 )
-from ttt_fast.reference import UNDO_CHUNK, compute_dtype
+from ttt_fast.reference import UNDO_CHUNK
+from ttt_fast.rounding import compute_dtype
 
 OPS = (
     "sgd_", "adamw_", "grad_norm", "gram_norm", "gram_norms", "copy_", "undo_restore_",

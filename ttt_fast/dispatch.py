@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ttt_fast import reference
 from ttt_fast.backend import BACKENDS, backends_on, resolve_backend
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # ---------------------------------------------------------------------------- registration
 

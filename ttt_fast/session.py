@@ -33,7 +33,7 @@ from ttt_fast.interrupt import uninterrupted
 from ttt_fast.model_state import evaluating, hold, release, require_free, training
 from ttt_fast.objective import Objective, delta_losses, fused_reduction
 from ttt_fast.profiling import Phases
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 from ttt_fast.span_cache import reading
 
 if TYPE_CHECKING:

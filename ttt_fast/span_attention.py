@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Scores of one tile: 4 MiB of float32 stay in a CPU's cache; a GPU wants fewer, larger kernels.
 SCORES_CPU, SCORES_ELSEWHERE = 2**20, 2**25

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ttt_fast import calibration, profiling
+from ttt_fast import profiling
 from ttt_fast.adaptation import Adaptation
 from ttt_fast.batch import Batch, complete_batch, context_length
 from ttt_fast.config import Schedule, TTTConfig
 from ttt_fast.engines import policy
-from ttt_fast.engines.budget import refusal
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.engines.factored import FactoredEngine
+from ttt_fast.engines.planner import Planner
 from ttt_fast.engines.work import Workload
 from ttt_fast.frozen_keys import FrozenKeys
 from ttt_fast.graphs import LoopGraphs, demand, obstacle, one_by_one
@@ -79,7 +79,7 @@ class TTTTrainer:
                 )
         self._engines: dict[str, DenseEngine | FactoredEngine] = {}
         self._graphs: dict[str, LoopGraphs] = {}
-        self._work: Workload | None = None
+        self._planner = Planner(model, self.selections, self.config)
 
     @property
     def config(self) -> TTTConfig:
@@ -110,7 +110,8 @@ class TTTTrainer:
         if n_deltas < 1:
             raise ValueError(f"begin: n_deltas={n_deltas}; it must be at least 1.")
         require_free(self.model)
-        return self._begin(self.plan(n_deltas, n_tokens or 64), n_deltas, n_tokens or 64)
+        work = self._work(n_deltas, n_tokens or 64)
+        return self._begin(work, self._planner.choose(work))
 
     def plan(
         self,
@@ -136,98 +137,26 @@ class TTTTrainer:
             n_labels: tokens of a delta that are predicted, the most where they differ; default all
                 but the first of each prompt.
         """
-        param = self.selections[0].param
-        work = self._workload(n_deltas, n_tokens, n_rows, padded, n_labels)
-        work = replace(work, in_turn=in_turn)
-        machine = calibration.machine(param.dtype, param.device)
-        engine = engine or self.config.engine
-        if engine == "auto" and torch.is_autocast_enabled(param.device.type):
-            engine = "dense"  # factors are in the dtype of the weights
-        return policy.choose(work, machine, engine)
+        work = self._work(n_deltas, n_tokens, n_rows, padded, n_labels)
+        return self._planner.choose(replace(work, in_turn=in_turn), engine)
 
-    def _workload(
-        self,
-        n_deltas: int,
-        n_tokens: int,
-        n_rows: int = 1,
-        padded: bool = False,
-        n_labels: int | None = None,
-    ) -> Workload:
-        if self._work is None:
-            self._work = policy.workload(self.model, self.selections, self.config, 1, 1)
-        device = self.selections[0].param.device
-        available, held = self.config.memory_budget, 0
-        if available is None:
-            available = policy.free_bytes(device)
-            factored = self._engines.get("factored")
-            held = 0 if factored is None or factored.in_use else factored.nbytes
-        together = 1 if n_rows > 1 or self.config.pad_to_multiple_of else 2
-        # On other devices all tokens have logits, and so do those of a span.
-        all_count = device.type != "cpu" or self.config.kv == "frozen"
-        most = n_tokens - n_rows if n_labels is None else n_labels
-        work = replace(
-            self._work,
-            deltas=n_deltas,
-            available_bytes=available,
-            held_bytes=held,
-            padded_from=together if padded else 0,
-            n_labels=None if all_count else max(1, most),
-        )
-        if not self._computes_loss_in_head():
-            work = replace(work, loss_in_head=False)
-        return policy.on_prompts(work, self.config, n_tokens, n_rows)
-
-    def _computes_loss_in_head(self) -> bool:
-        """Whether nobody needs logits, as far as this trainer knows."""
+    def _work(self, n_deltas: int, n_tokens: int, *more: Any, **found: Any) -> Workload:
+        """See :meth:`Planner.work`; with what this trainer's engines hold and know."""
+        factored = self._engines.get("factored")
+        held = 0 if factored is None or factored.in_use else factored.nbytes
         own = fused_reduction(self.objective) is not None
-        return own and all(engine.head.plain is not False for engine in self._engines.values())
-
-    def _scoped(self, work: Workload, scope: str) -> Workload | None:
-        """The work with another scope, None if the model has nothing by that name."""
-        config = replace(self.config, scope=scope)
-        try:
-            selections = select_parameters(self.model, scope, config.layers)
-        except ValueError:
-            return None
-        smaller = policy.workload(self.model, selections, config, work.deltas, work.tokens)
-        return replace(
-            smaller,
-            tokens=work.tokens,
-            n_rows=work.n_rows,
-            context=work.context,
-            available_bytes=work.available_bytes,
-            held_bytes=work.held_bytes,
-            loss_in_head=work.loss_in_head,
-            padded_from=work.padded_from,
-            n_labels=work.n_labels,
+        in_head = own and all(engine.head.plain is not False for engine in self._engines.values())
+        return self._planner.work(
+            n_deltas, n_tokens, *more, **found, held_bytes=held, loss_in_head=in_head
         )
 
-    def _require_budget(self, choice: policy.Choice, work: Workload) -> None:
-        """Refuse what would not fit the memory that the user has set."""
-        budget = self.config.memory_budget
-        if budget is None:
-            return
-        reason = refusal(work, choice, budget, partial(self._scoped, work))
-        if reason is not None:
-            raise ValueError(f"adapt: {reason} Nothing has changed.")
-
-    def _begin(
-        self,
-        choice: policy.Choice,
-        n_deltas: int,
-        n_tokens: int,
-        n_rows: int = 1,
-        padded: bool = False,
-        n_labels: int | None = None,
-        **options: Any,
-    ) -> Session:
-        work = self._workload(n_deltas, n_tokens, n_rows, padded, n_labels)
-        self._require_budget(choice, work)
+    def _begin(self, work: Workload, choice: policy.Choice, **options: Any) -> Session:
+        self._planner.require_budget(work, choice)
         engine = self._engine(choice.engine)
         if engine.together:
             options["capacity"] = work.tokens * self.config.steps
         return Session(
-            self.model, engine, self.config, n_deltas, self.objective, choice=choice, **options
+            self.model, engine, self.config, work.deltas, self.objective, choice=choice, **options
         )
 
     def _engine(self, name: str) -> DenseEngine | FactoredEngine:
@@ -295,9 +224,8 @@ class TTTTrainer:
         n_deltas = int(batch.delta_index.max()) + 1
         n_rows = batch.n_rows // n_deltas
         n_tokens = self._padded_length(batch) * n_rows
-        found = self._found(batch)
-        choice = self.plan(n_deltas, n_tokens, n_rows=n_rows, **found)
-        begin = partial(self._begin, choice, n_deltas, n_tokens, n_rows, **found)
+        work = self._work(n_deltas, n_tokens, n_rows, **self._found(batch))
+        begin = partial(self._begin, work, self._planner.choose(work))
         return self._adapt(begin, batch, on_step, stop, progress)
 
     def adapt_grid(
@@ -354,11 +282,9 @@ class TTTTrainer:
         batch = replace(single.rows(torch.zeros(n, dtype=torch.int64)), delta_index=torch.arange(n))
         batch = complete_batch(batch, self.model, n)
         require_free(self.model)
-        n_tokens = self._padded_length(batch)
-        found = self._found(batch)
-        choice = self.plan(n, n_tokens, "factored", **found)
-        own = {"configs": configs, "keep_diverged": True}
-        begin = partial(self._begin, choice, n, n_tokens, **found, **own)
+        work = self._work(n, self._padded_length(batch), **self._found(batch))
+        choice = self._planner.choose(work, "factored")
+        begin = partial(self._begin, work, choice, configs=configs, keep_diverged=True)
         adaptation = self._adapt(begin, batch, on_step, None, progress)
         adaptation.configs = configs
         return adaptation

@@ -3,7 +3,7 @@
 // The Gram matrices are symmetric: half of the tiles are computed, which is what makes this faster
 // than a matrix product at the sizes of a prompt (20 to 64 tokens).
 // Bytes per element: 4 in float32, 2 in bfloat16. Bound: arithmetic, M / 2 products per element.
-// Reference: gram_norm in ttt_fast/reference.py.
+// Reference: gram_norm in ttt_fast/factor_reference.py.
 #include <memory>
 
 #include "simd.h"

@@ -5,7 +5,7 @@
 // longer than kSpan / lanes or kDepth terms; sums of these make the element. Computed, not
 // measured: bytes are those of W, a and d once, of y and the copy once or twice; an element of W
 // takes part in as many products as x has rows, so that memory bounds few rows, arithmetic many.
-// Reference: delta_linear in ttt_fast/reference.py.
+// Reference: delta_linear in ttt_fast/factor_reference.py.
 #include <cstring>
 #include <memory>
 #include <type_traits>

@@ -5,7 +5,7 @@
 // Bytes per element: 4 in float32, 2 in bfloat16, read once for each row of tiles (from the L2
 // cache after the first). Bound: float32 arithmetic, M / 2 products per element; tensor cores are
 // what the Triton kernel has, kernels/gram_norm.py.
-// Reference: gram_norm in ttt_fast/reference.py (same products, sums in another order).
+// Reference: gram_norm in ttt_fast/factor_reference.py (same products, sums in another order).
 #include "reduce.cuh"
 
 namespace ttt_fast {

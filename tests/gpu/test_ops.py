@@ -37,7 +37,7 @@ from tests.update_cases import (
     sgd_step,
 )
 from ttt_fast import ops, reference
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 from ttt_fast.undo import UndoLog
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.csrc import emulated
 from tests.update_cases import Case, assert_same_bits, make_case
 from ttt_fast import cuda_ops, ops, reference
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 from ttt_fast.undo import UndoLog
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

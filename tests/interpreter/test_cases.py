@@ -22,7 +22,7 @@ from ttt_fast.kernels import (
     undo_restore,
     update,
 )
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 SCALARS = {"grad_norm": torch.tensor(1.0), "max_grad_norm": 1.0, "found_inf": torch.tensor(0.0)}
 

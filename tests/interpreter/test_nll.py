@@ -6,7 +6,7 @@ from tests.tolerances import assert_no_worse
 from tests.update_cases import DTYPES
 from ttt_fast import ops
 from ttt_fast.kernels.nll import nll_launch
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

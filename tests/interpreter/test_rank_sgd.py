@@ -8,7 +8,7 @@ from tests.update_cases import DTYPES, assert_same_bits, row_slices
 from ttt_fast import reference
 from ttt_fast.kernels import rank_sgd
 from ttt_fast.kernels.rank_sgd import CASES, rank_sgd_launch
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 
 @dtypes

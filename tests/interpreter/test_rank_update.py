@@ -8,7 +8,7 @@ from tests.update_cases import DTYPES, assert_same_bits, row_slices
 from ttt_fast import reference
 from ttt_fast.kernels import rank_update
 from ttt_fast.kernels.rank_update import CASES, rank_update_launch
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 roundings = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt_fast import reference
+from ttt_fast import rounding
 from ttt_fast.kernels.rounding import random_bits, random_key, seed_key
 
 
@@ -22,5 +22,5 @@ def test_same_bits_as_the_reference(seed, tensor_index, first):
     bits = torch.empty(64, dtype=torch.int64)
     number = torch.tensor([tensor_index], dtype=torch.int32)
     bits_kernel[(1,)](bits, torch.tensor([first]), number, seed_key(seed), BLOCK=64)
-    expected = reference.random_bits(seed, tensor_index, 64, torch.device("cpu"), first)
+    expected = rounding.random_bits(seed, tensor_index, 64, torch.device("cpu"), first)
     assert torch.equal(bits, expected)

@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ttt_fast import ops, reference
+from ttt_fast import ops
 from ttt_fast.engines.factors import Factors, MatrixFactors, VectorFactors
 from ttt_fast.engines.rows import Rows
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype, random_bits, round_stochastic
 from ttt_fast.sgd import Coefficients
 
 # Elements of a weight that are taken at a time.
@@ -196,8 +196,8 @@ def _rounded(
 ) -> Tensor:
     if rounding == "nearest":
         return values.to(dtype)
-    bits = reference.random_bits(seed, stream, values.numel(), values.device)
-    return reference.round_stochastic(values, dtype, bits)
+    bits = random_bits(seed, stream, values.numel(), values.device)
+    return round_stochastic(values, dtype, bits)
 
 
 # ---------------------------------------------------------------------------- low rank

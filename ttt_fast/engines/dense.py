@@ -34,7 +34,7 @@ from ttt_fast.engines.products import (
     global_norm,
     takes_factors,
 )
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 from ttt_fast.scope import Selection, is_compiled
 from ttt_fast.snapshot import Snapshot
 from ttt_fast.undo import UndoLog

@@ -34,7 +34,7 @@ from ttt_fast.engines.head_kinds import Asked, FrozenHead
 from ttt_fast.engines.pieces import LinearPiece
 from ttt_fast.objective import next_tokens, reduce_rows, row_losses, token_scale
 from ttt_fast.op_checks import DTYPES
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 
 class _HeadLoss(torch.autograd.Function):

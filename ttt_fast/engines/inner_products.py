@@ -22,7 +22,7 @@ from ttt_fast.engines.deltas import (
     vector_rows,
 )
 from ttt_fast.engines.factors import Factors, Track, VectorFactors, of_track
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Rows of tokens whose products with all others are held at a time, (rows, R) twice.
 _GRAM_ROWS = 512

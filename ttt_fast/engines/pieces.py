@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from ttt_fast import ops, reference
 from ttt_fast.engines.products import linear
 from ttt_fast.op_checks import DTYPES
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 # Classes of transformers: y = w ∘ round(x / rms), round(w ∘ x / rms) and round((1 + w) ∘ x / rms),
 # in float32 whatever the dtype of x.

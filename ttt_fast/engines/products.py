@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ttt_fast import ops
 from ttt_fast.dispatch import choose
-from ttt_fast.reference import UNDO_CHUNK, compute_dtype
+from ttt_fast.reference import UNDO_CHUNK
+from ttt_fast.rounding import compute_dtype
 
 # The norm of a gradient that is there reads it; before that it was written (which reads the lines
 # first), afterwards the update reads it: 16 bytes in float32 that factors do not move.

@@ -34,7 +34,7 @@ from ttt_fast.engines.factors import (
     batched_product,
 )
 from ttt_fast.engines.rows import Rows, Start
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ttt_fast.batch import Batch, forward_arguments, pad_rows
 from ttt_fast.conditions import finite
 from ttt_fast.model_state import evaluating
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 from ttt_fast.study.tasks import Encoded, Task
 
 

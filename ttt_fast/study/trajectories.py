@@ -22,7 +22,7 @@ from ttt_fast.config import TTTConfig
 from ttt_fast.engines.dense import DenseEngine
 from ttt_fast.model_state import require_free
 from ttt_fast.prompts import prompt_batch
-from ttt_fast.reference import compute_dtype
+from ttt_fast.rounding import compute_dtype
 from ttt_fast.session import DivergedError, Session
 from ttt_fast.study.grid import Setting
 from ttt_fast.trainer import TTTTrainer
@@ -77,9 +77,10 @@ class SideBySide(TTTTrainer):
             n_tokens: tokens that a delta sees in a step.
             **found: what else of the prompts :meth:`plan` takes.
         """
-        choice = self.plan(len(configs), n_tokens, self.config.engine, **found)
+        work = self._work(len(configs), n_tokens, **found)
+        choice = self._planner.choose(work)
         own = {"configs": list(configs)} if choice.engine == "factored" else {}
-        return self._begin(choice, len(configs), n_tokens, keep_diverged=True, **found, **own)
+        return self._begin(work, choice, keep_diverged=True, **own)
 
     def adapt_pairs(
         self,
