@@ -16,6 +16,7 @@ from tests.adaptation_cases import (
 )
 from tests.loops import prompt_ids, row_loss, weights
 from tests.untouched import unchanged
+from ttt_fast.engines import inner_products
 
 
 @pytest.mark.parametrize(("family", "scope"), CASES)
@@ -44,7 +45,9 @@ def test_adapted_weights_are_rounded_once(family, scope, dtype):
 
 @pytest.mark.parametrize(("family", "scope"), [*CASES, ("gemma3", "all"), ("opt", "all")])
 @pytest.mark.parametrize("options", [{}, dict(weight_decay=0.0), dict(momentum=0.0)])
-def test_the_norm_of_the_delta(family, scope, options):
+@pytest.mark.parametrize("rows", [3, 128])
+def test_the_norm_of_the_delta(monkeypatch, rows, family, scope, options):
+    monkeypatch.setattr(inner_products, "_GRAM_ROWS", rows)
     model, adapted = adapted_of(
         family, torch.float64, prompt_ids(8, n_rows=2), scope=scope, **options
     )

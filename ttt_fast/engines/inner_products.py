@@ -24,8 +24,9 @@ from ttt_fast.engines.deltas import (
 from ttt_fast.engines.factors import Factors, Track, VectorFactors, of_track
 from ttt_fast.rounding import compute_dtype
 
-# Rows of tokens whose products with all others are held at a time, (rows, R) twice.
-_GRAM_ROWS = 512
+# Rows of tokens whose products with others are held at a time, (rows, R) twice. Fewer leave out
+# more of a symmetric matrix's other half, and are slower products.
+_GRAM_ROWS = 128
 # Elements of a weight that are taken at a time.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -132,18 +133,20 @@ def gradient_products(factors: Factors, delta: int, own: Tensor) -> Tensor:
     x, dy, steps = linear_rows(factors, delta)
     ids, e, lookup_steps = lookup_rows(factors, delta)
     x, dy, e = x.to(wide), dy.to(wide), e.to(wide)
-    for rows in _chunks(x.shape[0]):
-        _add_by_step(total, (x[rows] @ x.t()) * (dy[rows] @ dy.t()), own, steps[rows], steps)
+    # What stands on one side of the diagonal only.
+    half = torch.zeros_like(total)
+    for rows, before in _chunks(x.shape[0]):
+        for columns, sums in ((before, half), (rows, total)):
+            pairs = (x[rows] @ x[columns].t()) * (dy[rows] @ dy[columns].t())
+            _add_by_step(sums, pairs, own, steps[rows], steps[columns])
         if ids.numel():
-            cross = torch.zeros_like(total)
-            _add_by_step(
-                cross, (x[rows] @ e.t()) * dy[rows][:, ids], own, steps[rows], lookup_steps
-            )
-            total += cross + cross.t()
-    for rows in _chunks(ids.numel()):
-        same = ids[rows, None] == ids
-        _add_by_step(total, (e[rows] @ e.t()) * same, own, lookup_steps[rows], lookup_steps)
-    return total
+            pairs = (x[rows] @ e.t()) * dy[rows][:, ids]
+            _add_by_step(half, pairs, own, steps[rows], lookup_steps)
+    for rows, before in _chunks(ids.numel()):
+        for columns, sums in ((before, half), (rows, total)):
+            pairs = (e[rows] @ e[columns].t()) * (ids[rows, None] == ids[columns])
+            _add_by_step(sums, pairs, own, lookup_steps[rows], lookup_steps[columns])
+    return total + half + half.t()
 
 
 @torch.no_grad()
@@ -176,9 +179,10 @@ def base_products(factors: Factors, delta: int, own: Tensor) -> tuple[Tensor, fl
     return total.index_add_(0, torch.searchsorted(own, steps), products), square
 
 
-def _chunks(n_rows: int) -> Iterator[slice]:
+def _chunks(n_rows: int) -> Iterator[tuple[slice, slice]]:
+    """Some rows at a time, and those before them."""
     for first in range(0, n_rows, _GRAM_ROWS):
-        yield slice(first, first + _GRAM_ROWS)
+        yield slice(first, first + _GRAM_ROWS), slice(0, first)
 
 
 def _pairs(own: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
