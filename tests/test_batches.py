@@ -385,6 +385,15 @@ def test_auto_is_dense_for_experts(monkeypatch):
     assert plan.engine == "factored"
 
 
+def test_auto_is_dense_under_autocast(monkeypatch):
+    """Factors would be in the dtype of the weights."""
+    on(monkeypatch, SLOW_UPDATES)
+    trainer = trainer_of(tiny_model("llama"), "auto")
+    assert trainer.plan(1, 9).engine == "factored"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trainer.plan(1, 9).engine == "dense"
+
+
 def test_one_plan_may_be_asked_for_another_engine():
     trainer = trainer_of(tiny_model("llama"), "auto")
     for engine in ("factored", "dense"):

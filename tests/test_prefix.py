@@ -1,5 +1,6 @@
 """Layers that nothing adapted reaches are computed once for a batch, and nothing else changes."""
 
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -192,25 +193,26 @@ def test_who_watches_every_module_sees_every_step(engine):
 
 
 class Adding(nn.Module):
-    """A layer that adds to what it is given, in place or not."""
+    """A layer that adds to what it is given, from some pass on in place."""
 
-    def __init__(self, in_place):
+    def __init__(self, in_place_from=math.inf):
         super().__init__()
-        self.proj, self.in_place = nn.Linear(8, 8), in_place
+        self.proj, self.in_place_from, self.passes = nn.Linear(8, 8), in_place_from, 0
 
     def forward(self, hidden):
+        self.passes += 1
         more = self.proj(2 * hidden)
-        return hidden.add_(more) if self.in_place else hidden + more
+        return hidden.add_(more) if self.passes >= self.in_place_from else hidden + more
 
 
 class Stack(nn.Module):
     """A language model whose last layer may write into what the one below gave."""
 
-    def __init__(self, in_place):
+    def __init__(self, in_place_from):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(101, 8)
-        self.layers = nn.ModuleList(Adding(in_place and i == 2) for i in range(3))
+        self.layers = nn.ModuleList([Adding(), Adding(), Adding(in_place_from)])
         self.head = nn.Linear(8, 101)
 
     def get_input_embeddings(self):
@@ -226,14 +228,14 @@ class Stack(nn.Module):
 @ENGINES
 def test_a_layer_that_writes_into_what_the_last_frozen_one_gave(engine):
     losses = []
-    for in_place in (False, True):
+    for in_place_from in (math.inf, 1, 2):
         trainer = TTTTrainer(
-            Stack(in_place),
+            Stack(in_place_from),
             TTTConfig(lr=1e-1, steps=STEPS, engine=engine, scope=["layers.2.proj.weight"]),
         )
         with trainer.adapt(prompt_ids(7)) as adapted:
             losses.append(adapted.losses)
-    assert torch.equal(*losses)
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
 class Collecting(nn.Module):

@@ -107,15 +107,11 @@ class Planner:
             selections = select_parameters(self._model, scope, config.layers)
         except ValueError:
             return None
-        smaller = policy.workload(self._model, selections, config, work.deltas, work.tokens)
+        smaller = policy.workload(self._model, selections, config, 1, 1)
         return replace(
-            smaller,
-            tokens=work.tokens,
-            n_rows=work.n_rows,
-            context=work.context,
-            available_bytes=work.available_bytes,
-            held_bytes=work.held_bytes,
-            loss_in_head=work.loss_in_head,
-            padded_from=work.padded_from,
-            n_labels=work.n_labels,
+            work,
+            layers=smaller.layers,
+            dtype=smaller.dtype,
+            blocks=smaller.blocks,
+            obstacle=smaller.obstacle,
         )
