@@ -361,6 +361,31 @@ def test_a_second_adaptation_while_one_is_attached(engine):
         trainer.restore()
 
 
+class Wrapping(nn.Module):
+    """Another model with the same weights, as peft makes one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base, self.config = model, model.config
+        self.get_input_embeddings = model.get_input_embeddings
+
+    def forward(self, input_ids, use_cache=None):
+        return self.base(input_ids, use_cache=use_cache)
+
+
+@engines
+def test_a_model_whose_weights_another_model_holds(engine):
+    """Or whoever ends last would write back the other's adapted weights."""
+    model = tiny_model("llama")
+    pair = model, Wrapping(model)
+    for one, other in (pair, pair[::-1]):
+        with unchanged(model):
+            with trainer_of(one, engine=engine).adapt(IDS):
+                with pytest.raises(RuntimeError, match="model is held by"):
+                    trainer_of(other, engine=engine).adapt(IDS)
+            trainer_of(other, engine=engine).adapt(IDS).restore()
+
+
 @engines
 @pytest.mark.parametrize("n_rows", [1, 2])
 def test_an_adaptation_after_restore(engine, n_rows):

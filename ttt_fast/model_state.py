@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ttt_fast.session import Engine
 
 
 class _Hold:
-    """Who holds a model's weights. Kept on the model, so that the two are collected together."""
+    """Who holds a model's weights. Kept on both, so that all are collected together."""
 
     def __init__(self, owner: Any = None) -> None:
         self.owner = owner
@@ -29,17 +29,30 @@ class _Hold:
 
 def hold(model: nn.Module, owner: Any) -> None:
     """Note that a session or an adaptation holds the model's weights."""
-    vars(model)["_ttt_fast_hold"] = _Hold(owner)
+    mark = _Hold(owner)
+    for each in _marked(model):
+        vars(each)["_ttt_fast_hold"] = mark
 
 
 def holder(model: nn.Module) -> Any:
-    """The session or adaptation that holds the model's weights, None if it is free."""
-    return getattr(vars(model).get("_ttt_fast_hold"), "owner", None)
+    """The session or adaptation that holds the model's weights, None if all are free."""
+    for each in _marked(model):
+        owner = getattr(vars(each).get("_ttt_fast_hold"), "owner", None)
+        if owner is not None:
+            return owner
+    return None
 
 
 def release(model: nn.Module) -> None:
     """Forget who holds the model."""
-    vars(model).pop("_ttt_fast_hold", None)
+    for each in _marked(model):
+        vars(each).pop("_ttt_fast_hold", None)
+
+
+def _marked(model: nn.Module) -> Iterator[nn.Module | Tensor]:
+    yield model
+    # Another model may have them, too: one that wraps this one, as peft's do.
+    yield from model.parameters()
 
 
 def require_free(model: nn.Module) -> None:
