@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from tests.families import tiny_model
@@ -12,6 +13,7 @@ from tests.untouched import unchanged
 from ttt_fast import TTTConfig, TTTTrainer, select_parameters
 from ttt_fast.engines import pieces
 from ttt_fast.engines.pieces import LinearPiece, pieces_of
+from ttt_fast.engines.products import linear
 
 ENGINES = pytest.mark.parametrize("engine", ["dense", "factored"])
 
@@ -135,3 +137,24 @@ def test_an_adaptation_is_what_it_is_without_them(engine, scope, some, family, m
     monkeypatch.setattr(pieces, "linear_of", lambda *_: None)
     with TTTTrainer(model, config).adapt(rows, deltas="independent") as adapted:
         assert torch.allclose(adapted.losses, losses, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [slice(0, 4), slice(3, 203)], ids=["few", "many"])
+def test_of_some_tokens_of_a_batch_it_is_one_product(dtype, tokens):
+    """Torch makes a batch of products of them, each with a copy of the weights."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+                written.append(result.numel())
+            return result
+
+    x, weight, written = noise(2, 250, 37).to(dtype), noise(211, 37, seed=1).to(dtype), []
+    with Watch():
+        y = linear(x[:, tokens], weight)
+    # Nothing as large as the weights but what there has to be: the rows, and the result.
+    rows = 2 * (tokens.stop - tokens.start)
+    assert {n for n in written if n >= weight.numel()} <= {rows * 37, rows * 211}
+    torch.testing.assert_close(y, x[:, tokens] @ weight.t())

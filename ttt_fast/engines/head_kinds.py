@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_fast import ops, placement
@@ -151,7 +150,7 @@ class FrozenHead:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of rows x (n, m, D), as the module gives them."""
-        return F.linear(x, self.module.weight, self.module.bias)
+        return _with_bias_(linear(x, self.module.weight), self.module.bias)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, asked: Asked, needs_dx: bool

@@ -326,10 +326,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.shape[:-1].numel()
     lies_in_rows = 1 in weight.stride()
     few = 0 < rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32
-    if not (few and lies_in_rows):
-        return F.linear(x, weight)
-    nothing = x.new_empty(1, 0, x.shape[-1]), x.new_empty(1, 0, len(weight)), x.new_empty(1, 0)
-    plain = ops.implementation("delta_linear", "cpu")
-    y = plain(x.reshape(1, rows, x.shape[-1]).contiguous(), weight, *nothing, None, None)
+    if few and lies_in_rows:
+        nothing = x.new_empty(1, 0, x.shape[-1]), x.new_empty(1, 0, len(weight)), x.new_empty(1, 0)
+        plain = ops.implementation("delta_linear", "cpu")
+        y = plain(x.reshape(1, rows, x.shape[-1]).contiguous(), weight, *nothing, None, None)
+    else:
+        # As a matrix: of a part of a batch torch would make a batch of products, with copies of W.
+        y = F.linear(x.reshape(rows, x.shape[-1]), weight)
     # To autograd no view, so that a model may write into what it gets.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
