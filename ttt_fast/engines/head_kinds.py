@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_fast import ops, placement
@@ -150,7 +151,9 @@ class FrozenHead:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of rows x (n, m, D), as the module gives them."""
-        return _with_bias_(linear(x, self.module.weight), self.module.bias)
+        # As a matrix, see products.linear, but by the product of the module itself.
+        flat = F.linear(x.flatten(0, 1), self.module.weight, self.module.bias)
+        return flat.view(*x.shape[:-1], len(self.module.weight))
 
     def forward(
         self, x: Tensor, bias: Tensor | None, asked: Asked, needs_dx: bool
