@@ -10,11 +10,10 @@ from transformers import BatchEncoding
 
 from tests.families import FAMILIES, tiny_model
 from tests.loops import distance, prompt_ids, row_loss, sgd_loop, twin, weights
-from tests.tolerances import assert_no_worse
+from tests.trainer_cases import GENERATE, IDS, OPTIONS, padded, trainer_of
 from tests.untouched import unchanged
-from ttt_fast import Batch, TTTConfig, TTTTrainer, negative_log_likelihood, ops
+from ttt_fast import Batch, TTTConfig, TTTTrainer, negative_log_likelihood
 
-OPTIONS = dict(steps=3, lr=2e-2, weight_decay=0.01, max_grad_norm=1.0)
 PAD_CASES = [
     *[(family, "eager") for family in FAMILIES],
     *[(family, "sdpa") for family in FAMILIES if family not in ("gemma2",)],
@@ -28,12 +27,6 @@ class Tokenizer:
         return {"input_ids": [3 + ord(c) % 90 for c in text], "attention_mask": [1] * len(text)}
 
 
-def trainer_of(model, tokenizer=None, **options):
-    # What several deltas are to the dense engine; tests/test_factored.py has the other one.
-    options = dict(engine="dense") | OPTIONS | options
-    return TTTTrainer(model, TTTConfig(**options), tokenizer=tokenizer)
-
-
 def adapted_weights(model, prompt, **call):
     with trainer_of(model, tokenizer=Tokenizer()).adapt(prompt, **call) as adapted:
         return weights(model), adapted.losses
@@ -45,9 +38,6 @@ def assert_same(left, right, rtol=0.0, atol=0.0):
 
 
 # ---------------------------------------------------------------------------- prompts
-
-
-IDS = prompt_ids(7)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +141,6 @@ def test_shared_is_the_mean_over_rows():
     assert_same(only_first, adapted_weights(model, rows[0])[0], rtol=1e-6, atol=1e-9)
 
 
-def padded(ids, left, right):
-    """Ids and mask with padding of an id that is not innocent."""
-    pad = torch.nn.functional.pad
-    return pad(ids, (left, right), value=0), pad(torch.ones_like(ids), (left, right))
-
-
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 1)])
 def test_padding_of_a_prompt_on_its_own_changes_no_bit(left, right):
     model = tiny_model("gemma3")
@@ -201,101 +185,6 @@ def test_ragged_prompts_adapt_to_the_bit_as_they_would_alone(family):
         with trainer_of(model).adapt(prompt) as alone:
             assert torch.equal(alone.losses[0], together[n])
             assert torch.equal(alone.loss()[0], own[n])
-
-
-# ---------------------------------------------------------------------------- generation
-
-
-GENERATE = dict(max_new_tokens=6, do_sample=False)
-
-
-@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "gemma3", "opt"])
-def test_generate_is_hugging_faces_on_the_adapted_weights(family):
-    model = tiny_model(family)
-    merged, question = twin(model), prompt_ids(5, seed=4)
-    trainer_of(merged, lr=0.3).adapt(IDS).merge()
-    unadapted = model.generate(IDS, **GENERATE)
-    with trainer_of(model, lr=0.3).adapt(IDS) as adapted:
-        for ids in (IDS, question):
-            expected = merged.eval().generate(ids, **GENERATE)
-            assert torch.equal(adapted.generate(ids, **GENERATE), expected)
-        continued = adapted.generate(**GENERATE)
-        assert torch.equal(continued, merged.generate(IDS, **GENERATE))
-        assert torch.equal(model.generate(IDS, **GENERATE), continued)
-    assert not torch.equal(continued, unadapted)
-    assert torch.equal(model.generate(IDS, **GENERATE), unadapted)
-
-
-def test_each_delta_continues_its_own_row():
-    model = tiny_model("llama")
-    prompts = [prompt_ids(n, seed=n)[0] for n in (5, 9)]
-    trainer = trainer_of(model, lr=0.3)
-    alone = []
-    for prompt in prompts:
-        with trainer.adapt(prompt) as adapted:
-            alone.append(adapted.generate(**GENERATE)[0])
-    with trainer.adapt(prompts, deltas="independent") as adapted:
-        together = adapted.generate(**GENERATE)
-        # The shorter prompt is padded on the left, where generation wants it.
-        assert torch.equal(together[0, -6:], alone[0][-6:])
-        assert torch.equal(together[1], alone[1])
-        given = adapted.generate([p.tolist() for p in prompts], **GENERATE)
-        assert torch.equal(given, together)
-        with pytest.raises(ValueError, match="got 3 rows for 2 deltas"):
-            adapted.generate(prompt_ids(5, n_rows=3), **GENERATE)
-        with pytest.raises(ValueError, match="got 1 rows for 2 deltas"):
-            adapted.loss(prompt_ids(5))
-        with pytest.raises(ValueError, match="return_dict_in_generate"):
-            adapted.generate(return_dict_in_generate=True, **GENERATE)
-        assert torch.equal(adapted.generate(**GENERATE), together)
-
-
-def test_several_sequences_and_beams():
-    model = tiny_model("llama")
-    rows = prompt_ids(6, n_rows=2)
-    with trainer_of(model, lr=0.3).adapt(rows, deltas="independent") as adapted:
-        beams = adapted.generate(max_new_tokens=4, num_beams=3, num_return_sequences=2)
-        assert beams.shape[0] == 4
-        assert torch.equal(beams[:, :6], rows.repeat_interleave(2, 0))
-        for delta in range(2):
-            with adapted.weights_of(delta):
-                row = rows[delta : delta + 1]
-                own = model.generate(
-                    row, attention_mask=torch.ones_like(row),
-                    max_new_tokens=4, num_beams=3, num_return_sequences=2,
-                )  # fmt: skip
-            assert torch.equal(beams[2 * delta : 2 * delta + 2, : own.shape[1]], own)
-
-
-def test_generate_of_a_padded_prompt_drops_the_padding():
-    model = tiny_model("gpt2")
-    ids, mask = padded(IDS, 0, 3)
-    with trainer_of(model, lr=0.3).adapt(ids, attention_mask=mask) as adapted:
-        assert torch.equal(adapted.generate(**GENERATE), adapted.generate(IDS, **GENERATE))
-        left, left_mask = padded(IDS, 3, 0)
-        out = adapted.generate(left, attention_mask=left_mask, **GENERATE)
-        assert torch.equal(out[:, -6:], adapted.generate(**GENERATE)[:, -6:])
-
-
-def test_generation_without_dropout_in_a_model_that_trains():
-    model = tiny_model("gpt2", resid_pdrop=0.5)
-    with trainer_of(model).adapt(IDS) as adapted:
-        expected = adapted.generate(**GENERATE)
-        model.train()
-        assert torch.equal(adapted.generate(**GENERATE), expected)
-        assert all(module.training for module in model.modules())
-
-
-def test_a_session_of_ones_own_has_no_prompt_to_continue():
-    model = tiny_model("llama")
-    session = trainer_of(model).begin()
-    session.step(Batch(IDS))
-    with session.end() as adapted:
-        with pytest.raises(ValueError, match="no prompt to continue"):
-            adapted.generate(**GENERATE)
-        with pytest.raises(ValueError, match="no prompt of its own"):
-            adapted.loss()
-        assert adapted.generate(IDS, **GENERATE).shape == (1, 13)
 
 
 # ---------------------------------------------------------------------------- results
@@ -488,105 +377,3 @@ def test_eval_mode_by_default():
         config = TTTConfig(steps=1, dropout=dropout)
         TTTTrainer(model, config, objective=objective).adapt(IDS).restore()
     assert modes == [{False}, {True}]
-
-
-# ---------------------------------------------------------------------------- the fused loss
-
-
-VOCABULARY = 101
-
-
-class Outputs:
-    def __init__(self, logits):
-        self.logits = logits
-
-
-def logits_of(dtype, scale=3.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(3, 6, VOCABULARY, generator=generator, dtype=torch.float64) * scale
-    return logits.to(dtype).requires_grad_()
-
-
-def batch_of(kind):
-    """Rows with their labels: all, some masked out, and weighted tokens."""
-    ids = prompt_ids(6, n_rows=3, seed=7)
-    labels = ids.clone()
-    labels[:, 0] = -100
-    if kind != "all":
-        labels[0, 2:4], labels[1, :5], labels[2, 5] = -100, -100, -100
-    weights_of_tokens = torch.rand(3, 6, generator=torch.Generator().manual_seed(2)) - 0.2
-    return Batch(ids, labels, token_weights=weights_of_tokens if kind == "weights" else None)
-
-
-def losses_and_gradient(dtype, kind, reduction, fused):
-    logits = logits_of(dtype)
-    losses = negative_log_likelihood(Outputs(logits), batch_of(kind), reduction, fused=fused)
-    upstream = torch.tensor([0.5, -2.0, 1.25]).to(losses.dtype)
-    (dlogits,) = torch.autograd.grad(losses, logits, upstream)
-    return losses.detach(), dlogits
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", ["all", "masked", "weights"])
-def test_the_fused_loss_is_the_plain_one(kind, reduction):
-    expected, gradient = losses_and_gradient(torch.float64, kind, reduction, False)
-    losses, dlogits = losses_and_gradient(torch.float64, kind, reduction, True)
-    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(dlogits, gradient, rtol=1e-12, atol=1e-12)
-    if kind != "all":
-        # Logits of what is left out get no gradient at all.
-        assert not dlogits[0, 1:3].any() and dlogits[0, 0].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["all", "masked", "weights"])
-def test_the_fused_loss_is_no_worse_in_a_narrower_type(kind, dtype):
-    # The oracle sees the logits as they are in that type.
-    rounded = logits_of(dtype).detach().double().requires_grad_()
-    expected = negative_log_likelihood(Outputs(rounded), batch_of(kind))
-    upstream = torch.tensor([0.5, -2.0, 1.25]).double()
-    (gradient,) = torch.autograd.grad(expected, rounded, upstream)
-    losses, dlogits = losses_and_gradient(dtype, kind, "mean", True)
-    plain, plain_dlogits = losses_and_gradient(dtype, kind, "mean", False)
-    assert losses.dtype == torch.float32 and dlogits.dtype == dtype
-    assert_no_worse(losses, plain, expected.detach(), "losses")
-    assert_no_worse(dlogits, plain_dlogits, gradient, "dlogits")
-
-
-def test_the_fused_loss_leaves_the_logits_alone():
-    logits = logits_of(torch.float32)
-    found = logits.detach().clone()
-    losses = negative_log_likelihood(Outputs(logits), batch_of("all"), fused=True)
-    losses.sum().backward()
-    assert torch.equal(logits.detach(), found)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        losses.sum().backward()
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_a_gradient_the_fused_loss_is_the_plain_one_to_the_bit(context):
-    with context():
-        outputs, batch = Outputs(logits_of(torch.float32).detach()), batch_of("weights")
-        plain = negative_log_likelihood(outputs, batch)
-        assert torch.equal(negative_log_likelihood(outputs, batch, fused=True), plain)
-
-
-def test_the_fused_loss_is_ours_but_for_stock_torchs_bits(monkeypatch):
-    calls = []
-    nll_ = ops.nll_
-
-    def spy(*args, **options):
-        calls.append(args)
-        return nll_(*args, **options)
-
-    monkeypatch.setattr(ops, "nll_", spy)
-    for rounding, steps in (("nearest", 3), ("torch", 0)):
-        calls.clear()
-        trainer_of(tiny_model("llama"), rounding=rounding).adapt(IDS).restore()
-        assert len(calls) == steps
-    calls.clear()
-    with trainer_of(tiny_model("llama"), reduction="sum").adapt(IDS) as adapted:
-        assert len(calls) == 3
-        assert adapted.losses[0, 0].item() == pytest.approx(
-            6 * row_loss(tiny_model("llama"), IDS[0]).item(), rel=1e-5
-        )

@@ -137,17 +137,17 @@ class TTTTrainer:
             n_labels: tokens of a delta that are predicted, the most where they differ; default all
                 but the first of each prompt.
         """
-        work = self._work(n_deltas, n_tokens, n_rows, padded, n_labels)
+        work = self._work(n_deltas, n_tokens, n_rows=n_rows, padded=padded, n_labels=n_labels)
         return self._planner.choose(replace(work, in_turn=in_turn), engine)
 
-    def _work(self, n_deltas: int, n_tokens: int, *more: Any, **found: Any) -> Workload:
+    def _work(self, n_deltas: int, n_tokens: int, **found: Any) -> Workload:
         """See :meth:`Planner.work`; with what this trainer's engines hold and know."""
         factored = self._engines.get("factored")
         held = 0 if factored is None or factored.in_use else factored.nbytes
         own = fused_reduction(self.objective) is not None
         in_head = own and all(engine.head.plain is not False for engine in self._engines.values())
         return self._planner.work(
-            n_deltas, n_tokens, *more, **found, held_bytes=held, loss_in_head=in_head
+            n_deltas, n_tokens, **found, held_bytes=held, loss_in_head=in_head
         )
 
     def _begin(self, work: Workload, choice: policy.Choice, **options: Any) -> Session:
@@ -224,7 +224,7 @@ class TTTTrainer:
         n_deltas = int(batch.delta_index.max()) + 1
         n_rows = batch.n_rows // n_deltas
         n_tokens = self._padded_length(batch) * n_rows
-        work = self._work(n_deltas, n_tokens, n_rows, **self._found(batch))
+        work = self._work(n_deltas, n_tokens, n_rows=n_rows, **self._found(batch))
         begin = partial(self._begin, work, self._planner.choose(work))
         return self._adapt(begin, batch, on_step, stop, progress)
 

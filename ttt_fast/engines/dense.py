@@ -301,11 +301,11 @@ class DenseEngine:
             options = self._options(delta, group, norm.to(device), found_inf)
             factors = self._factors(members, gradients)
             if factors:
-                seeded = options | self._seed(delta, next(number))
+                seeded = options | {"seed": self._seed(delta, next(number))}
                 self._update_factors(delta, group, taken, factors, seeded)
             others = [i for i in members if i not in factors]
             for blocks in self._calls(others, gradients):
-                seeded = options | self._seed(delta, next(number))
+                seeded = options | {"seed": self._seed(delta, next(number))}
                 self._update_blocks(delta, group, taken, blocks, gradients, seeded)
         state.steps += 1
         return norm[None]
@@ -404,10 +404,10 @@ class DenseEngine:
         products = [i for i in members if isinstance(gradients[i], Products)]
         yield from blocks_for_calls(self.views, products, self.config.snapshot == "undo")
 
-    def _seed(self, delta: int, number: int) -> dict[str, int]:
-        """The option of a call of the step: calls must not share their random bits either."""
+    def _seed(self, delta: int, number: int) -> int:
+        """Of a call of the step: calls must not share their random bits either."""
         stream = self.config.random_stream(delta, self._states[delta].steps)
-        return {"seed": (stream ^ (number << 48)) & _SEED_MASK}
+        return (stream ^ (number << 48)) & _SEED_MASK
 
     def _options(self, delta: int, group: int, norm: Tensor, found_inf: Tensor) -> dict[str, Any]:
         """What the calls of the fused updates are told alike, on one device."""

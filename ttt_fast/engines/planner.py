@@ -36,10 +36,10 @@ class Planner:
         self,
         n_deltas: int,
         n_tokens: int,
+        *,
         n_rows: int = 1,
         padded: bool = False,
         n_labels: int | None = None,
-        *,
         held_bytes: int = 0,
         loss_in_head: bool = True,
     ) -> Workload:
