@@ -14,7 +14,7 @@ from ttt_fast.engines.factors import (
     squared_norm,
 )
 from ttt_fast.engines.rows import RowBuffer, Rows
-from ttt_fast.scope import RowSlice
+from ttt_fast.selection import RowSlice
 from ttt_fast.sgd import Coefficients
 
 CPU = torch.device("cpu")

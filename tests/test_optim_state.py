@@ -23,7 +23,7 @@ from tests.optim_cases import (
     train,
 )
 from ttt_fast.optim import FusedAdamW, FusedSGD
-from ttt_fast.scope import RowSlice, Selection
+from ttt_fast.selection import RowSlice, Selection
 from ttt_fast.snapshot import Snapshot
 
 # ---------------------------------------------------------------------------- state

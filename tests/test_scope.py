@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.families import FAMILIES, tiny_model
-from ttt_fast.scope import KNOWN_SCOPES, RowSlice, select_parameters
+from ttt_fast.scope import KNOWN_SCOPES, select_parameters
+from ttt_fast.selection import RowSlice
 
 OPT_350M = dict(word_embed_proj_dim=16, do_layer_norm_before=False)
 

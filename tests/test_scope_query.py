@@ -6,7 +6,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.families import FAMILIES, tiny_model
-from ttt_fast.scope import RowSlice, Selection, select_parameters
+from ttt_fast.scope import select_parameters
+from ttt_fast.selection import RowSlice, Selection
 
 FUSED = ["phi3", "gpt2", "gpt_neox"]
 

@@ -22,7 +22,7 @@ from tests.snapshot_cases import (
 )
 from tests.update_cases import backend_params
 from ttt_fast import ops
-from ttt_fast.scope import RowSlice, Selection
+from ttt_fast.selection import RowSlice, Selection
 from ttt_fast.snapshot import Snapshot
 
 

@@ -13,7 +13,8 @@ from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
 from ttt_fast.objective import negative_log_likelihood
 from ttt_fast.optim import FusedAdamW, FusedSGD, check_trainer
-from ttt_fast.scope import RowSlice, Selection, select_parameters
+from ttt_fast.scope import select_parameters
+from ttt_fast.selection import RowSlice, Selection
 from ttt_fast.session import DivergedError, Session, StepReport
 from ttt_fast.snapshot import Snapshot
 from ttt_fast.trainer import TTTTrainer

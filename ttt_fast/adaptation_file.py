@@ -25,7 +25,8 @@ from ttt_fast.engines import deltas
 from ttt_fast.engines.factored import FactoredEngine
 from ttt_fast.engines.factors import Inputs, MatrixFactors, Track, VectorFactors
 from ttt_fast.engines.rows import Rows
-from ttt_fast.scope import RowSlice, Selection, select_parameters
+from ttt_fast.scope import select_parameters
+from ttt_fast.selection import RowSlice, Selection
 
 _FORMAT = 1
 _KEY = "ttt_fast"

@@ -31,7 +31,7 @@ from ttt_fast.config import TTTConfig
 from ttt_fast.engines.policy import dense_bytes, free_bytes, workload
 from ttt_fast.model_state import evaluating
 from ttt_fast.rounding import compute_dtype
-from ttt_fast.scope import Selection
+from ttt_fast.selection import Selection
 from ttt_fast.session import DivergedError
 from ttt_fast.snapshot import Snapshot
 from ttt_fast.trainer import TTTTrainer

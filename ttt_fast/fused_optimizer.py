@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ttt_fast import ops
-from ttt_fast.scope import RowSlice, Selection
+from ttt_fast.selection import RowSlice, Selection
 from ttt_fast.snapshot import Snapshot
 
 Params = Iterable[Tensor | tuple[str, Tensor] | Selection | dict[str, Any]]

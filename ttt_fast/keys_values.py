@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ttt_fast.frozen_keys import FrozenKeys
-from ttt_fast.scope import Selection, decoder_layers
+from ttt_fast.scope import decoder_layers
+from ttt_fast.selection import Selection
 
 # Of a decoder layer: what comes after its keys and values.
 _AFTER = re.compile(

@@ -1,6 +1,6 @@
 """The ops: checked arguments, documented; :mod:`ttt_fast.dispatch` has what runs behind them.
 
-Tensors may be views with an offset, and strided as :class:`ttt_fast.scope.RowSlice` makes them.
+Tensors may be views with an offset, and strided as :class:`ttt_fast.selection.RowSlice` makes them.
 Lists may mix sizes and dtypes. Storage is float32, bfloat16, float16 or float64; arithmetic is
 float32 (float64 for float64).
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ttt_fast import ops
 from ttt_fast.fused_optimizer import FusedOptimizer, Member, Params
-from ttt_fast.scope import Selection
+from ttt_fast.selection import Selection
 from ttt_fast.snapshot import Snapshot
 
 __all__ = ["FusedAdamW", "FusedOptimizer", "FusedSGD", "check_trainer"]
@@ -33,8 +33,9 @@ class FusedSGD(FusedOptimizer):
     The formula is that of :func:`ttt_fast.ops.sgd_`.
 
     Args:
-        params: parameters, (name, parameter) pairs, :class:`ttt_fast.scope.Selection` (where it has
-            rows only those are updated and counted in the norm), or dicts of groups with options.
+        params: parameters, (name, parameter) pairs, :class:`ttt_fast.selection.Selection` (where it
+            has rows only those are updated and counted in the norm), or dicts of groups with
+            options.
         lr: step size. A 1-element tensor works; reading it waits for its device.
         momentum: momentum factor.
         dampening: dampening of momentum.

@@ -41,7 +41,8 @@ class Snapshot:
 
     Args:
         params: a module (all its parameters); or an iterable of tensors, (name, tensor) pairs or
-            :class:`ttt_fast.scope.Selection`; or a mapping of names to these. Any dense real dtype.
+            :class:`ttt_fast.selection.Selection`; or a mapping of names to these. Any dense real
+            dtype.
         where: "device", "host" or "undo". With "undo" every update must be given the log:
             ``ops.sgd_(snapshot.views, grads, lr=lr, undo=snapshot.undo)``.
         module: the model that holds ``params``, to notice when it holds another tensor under one

@@ -35,7 +35,8 @@ from ttt_fast.engines.products import (
     takes_factors,
 )
 from ttt_fast.rounding import compute_dtype
-from ttt_fast.scope import Selection, is_compiled
+from ttt_fast.scope import is_compiled
+from ttt_fast.selection import Selection
 from ttt_fast.snapshot import Snapshot
 from ttt_fast.undo import UndoLog
 

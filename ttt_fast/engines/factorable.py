@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from ttt_fast.engines.factors import MatrixFactors, VectorFactors
 from ttt_fast.engines.norms import NormSite
 from ttt_fast.engines.takeover import Desk, EmbeddingSite, LinearSite
-from ttt_fast.scope import Selection, is_compiled
+from ttt_fast.scope import is_compiled
+from ttt_fast.selection import Selection
 
 Site = LinearSite | EmbeddingSite | NormSite
 

@@ -39,7 +39,7 @@ from ttt_fast.engines.rows import RowBuffer, Rows
 from ttt_fast.engines.takeover import Desk, Layout
 from ttt_fast.placement import Placement
 from ttt_fast.rounding import compute_dtype
-from ttt_fast.scope import Selection
+from ttt_fast.selection import Selection
 from ttt_fast.sgd import Coefficients, clip_coefficient
 
 

@@ -18,7 +18,7 @@ from ttt_fast import ops, placement
 from ttt_fast.engines.products import Uses, ghost_norms
 from ttt_fast.engines.rows import RowBuffer, Rows, Start
 from ttt_fast.rounding import compute_dtype
-from ttt_fast.scope import RowSlice, Selection
+from ttt_fast.selection import RowSlice, Selection
 from ttt_fast.sgd import Coefficients
 
 

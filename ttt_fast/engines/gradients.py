@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ttt_fast.engines.products import Gradient, Products, linear
-from ttt_fast.scope import Selection
+from ttt_fast.selection import Selection
 
 
 class _Slot:

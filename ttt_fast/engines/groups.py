@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ttt_fast.config import TTTConfig
-from ttt_fast.scope import Selection, select_parameters
+from ttt_fast.scope import select_parameters
+from ttt_fast.selection import Selection
 
 
 def group_of_each(

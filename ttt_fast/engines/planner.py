@@ -14,7 +14,8 @@ from ttt_fast.config import TTTConfig
 from ttt_fast.engines import policy
 from ttt_fast.engines.budget import refusal
 from ttt_fast.engines.work import Workload
-from ttt_fast.scope import Selection, select_parameters
+from ttt_fast.scope import select_parameters
+from ttt_fast.selection import Selection
 
 
 class Planner:

@@ -32,7 +32,8 @@ from ttt_fast.engines.shapes import (
     layers_of,
 )
 from ttt_fast.engines.work import Workload
-from ttt_fast.scope import Selection, is_compiled
+from ttt_fast.scope import is_compiled
+from ttt_fast.selection import Selection
 from ttt_fast.span_cache import attends_apart
 
 ENGINES = ("auto", "factored", "dense")

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ttt_fast.batch import text_config
 from ttt_fast.engines.pieces import glu_of, rms_norm_of
 from ttt_fast.engines.work import Layer
-from ttt_fast.scope import Selection, decoder_layers
+from ttt_fast.scope import decoder_layers
+from ttt_fast.selection import Selection
 
 # Siblings that read the same tensor, so that it is recorded once.
 _SAME_INPUT = (
