@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 import ttt_fast.naive
 from ttt_fast.engines import cost
-from ttt_fast.engines.pieces import GluPiece, NormPiece, RotaryPiece, pieces_of
+from ttt_fast.engines.pieces import AttentionPiece, GluPiece, NormPiece, pieces_of
 
 LINEARS = "linear layers"
 DELTAS = "delta products; weight gradients"
@@ -97,7 +97,7 @@ def loop_named(model: nn.Module) -> Iterator[None]:
         for piece in pieces:
             if isinstance(piece, NormPiece | GluPiece):
                 name(piece.module, "forward", PIECES)
-        for file in {type(p.module).__module__ for p in pieces if isinstance(p, RotaryPiece)}:
+        for file in {type(p.module).__module__ for p in pieces if isinstance(p, AttentionPiece)}:
             name(imported[file], "apply_rotary_pos_emb", PIECES)
         name(model.get_output_embeddings(), "forward", HEAD)
         name(model, "forward", REST)

@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/tiles.h"
 #include "describe.h"
 #include "gradient_factor.h"
 #include "launchers.h"
@@ -398,6 +399,8 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
   m.def(
       "delta_linear(Tensor x, Tensor? weight, Tensor a, Tensor d, Tensor beta, Tensor? rho, "
       "Tensor(a!)? append) -> Tensor");
+  m.def("has_tiles() -> bool");
+  m.def("is_intel() -> bool");
   m.def("nll_(Tensor(a!) logits, Tensor targets, *, int ignore_index) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool round_first) -> (Tensor, Tensor)");
   m.def(
@@ -419,6 +422,8 @@ STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("gram_norm", TORCH_BOX(&ttt_fast::gram_norm));
   m.impl("gram_norms", TORCH_BOX(&ttt_fast::gram_norms));
   m.impl("delta_linear", TORCH_BOX(&ttt_fast::delta_linear));
+  m.impl("has_tiles", TORCH_BOX(&ttt_fast::has_tiles));
+  m.impl("is_intel", TORCH_BOX(&ttt_fast::is_intel));
   m.impl("nll_", TORCH_BOX(&ttt_fast::nll_));
   m.impl("rms_norm", TORCH_BOX(&ttt_fast::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&ttt_fast::rms_norm_backward));

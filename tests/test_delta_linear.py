@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 from tests.tolerances import assert_no_worse
 from tests.update_cases import DTYPES
 from ttt_fast import ops
-from ttt_fast.engines.products import linear
+from ttt_fast.engines import products
+from ttt_fast.engines.products import TILE_SIDE, linear
 from ttt_fast.rounding import compute_dtype
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -243,6 +244,18 @@ def test_cpp_at_odd_sizes(dtype, kind, rho, batch, tokens):
             assert_rounds_as_sums_do(actual, zero, f"{(rank, width, out)}")
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("rho", [False, True], ids=["no rho", "rho"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 20), (3, 7), (2, 45)])
+def test_cpp_in_bfloat16_at_sizes_of_tiles(kind, rho, batch, tokens):
+    """Where the processor has matrix tiles, their product; the delta is added before rounding."""
+    for rank, width, out in ((0, 32, 96), (5, 160, 64), (61, 64, 224)):
+        args = case(batch, tokens, rank, width, out, torch.bfloat16, rho=rho, spare=3, seed=rank)
+        given = {"rows": args, "columns": in_columns(args)}[kind]
+        actual = ops.delta_linear(*given, backend="cpp")
+        assert_no_worse(actual, same_dtype(*args), oracle(*args), f"{(rank, width, out)}")
+
+
 def test_the_comparison_notices_a_rank_that_was_left_out():
     args = case(2, 7, 61, 67, 63, torch.float32)
     x, weight, a, d, beta, rho = args
@@ -389,9 +402,10 @@ def test_cpp_checks_what_it_is_given(position, value, message):
 LINEAR_SHAPES = [(5, 33), (1, 1, 33), (2, 7, 33), (33,), (2, 3, 2, 33), (256, 33)]
 
 
-def is_ours(monkeypatch, x, weight):
-    """Whether linear takes our product for these, and its result."""
+def is_ours(monkeypatch, x, weight, most=256):
+    """Whether linear takes our product for these, of up to so many rows, and its result."""
     calls = []
+    monkeypatch.setattr(products, "most_rows", lambda *_: most)
     real = ops.implementation
 
     def spy(*args, **kwargs):
@@ -425,15 +439,40 @@ def test_linear_of_few_rows(monkeypatch, shape, columns):
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((257, 33), torch.float32), ((19, 27, 33), torch.float32), ((5, 33), torch.float64),
-     ((5, 33), torch.bfloat16), ((5, 33), torch.float16), ((0, 33), torch.float32),
-     ((2, 0, 33), torch.float32)],
+     ((5, 33), torch.bfloat16), ((5, 32), torch.bfloat16), ((5, 33), torch.float16),
+     ((0, 33), torch.float32), ((2, 0, 33), torch.float32)],
     ids=str,
 )  # fmt: skip
 def test_linear_of_everything_else_is_torchs(monkeypatch, shape, dtype):
-    x, weight = torch.randn(shape).to(dtype), torch.randn(65, 33).to(dtype)
-    ours, y = is_ours(monkeypatch, x, weight)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(65, shape[-1]).to(dtype)
+    known = products.most_rows(dtype)
+    assert (known > 0) <= (dtype in (torch.float32, torch.bfloat16))
+    most = 256 if dtype in (torch.float32, torch.bfloat16) else known
+    ours, y = is_ours(monkeypatch, x, weight, most)
     assert not ours
     assert torch.equal(y, F.linear(x, weight))
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["W by rows", "W by columns"])
+@pytest.mark.parametrize(("width", "out"), [(32, 64), (96, 32), (1024, 160), (576, 192)])
+@pytest.mark.parametrize("rows", [1, 16, 20, 33, 70])
+def test_linear_in_bfloat16_rounds_once(monkeypatch, rows, width, out, columns):
+    """Where the processor has tiles, by them; elsewhere by the product that the op has there."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, width, generator=generator).bfloat16() for n in (rows, out))
+    if columns:
+        weight = weight.t().contiguous().t()
+    ours, y = is_ours(monkeypatch, x, weight)
+    assert ours and width % TILE_SIDE == 0
+    exact = x.double() @ weight.double().t()
+    terms = x.double().abs() @ weight.double().abs().t()
+    # Half a unit of bfloat16, and of the sum in float32 what it may be off.
+    bound = exact.abs() * 2**-8 + terms * 2**-24 * width
+    assert bool(((y.double() - exact).abs() <= bound).all())
+    # A token's sums are the same whatever is beside it, and NaN stays with its own.
+    assert torch.equal(linear(x[-1:], weight), y[-1:])
+    x[0] = float("nan")
+    assert linear(x, weight)[0].isnan().all() and torch.equal(linear(x, weight)[1:], y[1:])
 
 
 def test_linear_of_a_weight_that_lies_in_neither_order(monkeypatch):

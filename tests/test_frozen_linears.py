@@ -35,7 +35,7 @@ def noise(*shape, seed=0):
 def count_products(monkeypatch):
     """The weights of the frozen products that were computed."""
     weights, real = [], pieces._FrozenLinear.apply
-    spy = lambda x, weight, b: (weights.append(weight), real(x, weight, b))[1]  # noqa: E731
+    spy = lambda x, weight, *more: (weights.append(weight), real(x, weight, *more))[1]  # noqa: E731
     monkeypatch.setattr(pieces._FrozenLinear, "apply", spy)
     return weights
 
@@ -93,7 +93,7 @@ def test_what_trains_has_its_gradient(which, monkeypatch):
     assert products
 
 
-def test_what_is_not_a_plain_linear_in_float32_is_left_alone():
+def test_what_is_not_a_plain_linear_is_left_alone(monkeypatch):
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -101,8 +101,12 @@ def test_what_is_not_a_plain_linear_in_float32_is_left_alone():
     halved = frozen()
     parametrize.register_parametrization(halved, "weight", nn.Identity())
     others = Doubled(4, 4), Conv1D(4, 4), halved, frozen(dtype=torch.float64)
-    for module in (*others, frozen(dtype=torch.bfloat16)):
+    for module in others:
         assert linears(module) == []
+    for found in (False, True):
+        rows = lambda dtype, found=found: 192 * (found or dtype == torch.float32)  # noqa: E731
+        monkeypatch.setattr(pieces, "most_rows", rows)
+        assert len(linears(frozen(dtype=torch.bfloat16))) == found
     assert linears(frozen(), backend="torch") == []
     assert len(linears(frozen())) == 1
 
@@ -147,7 +151,8 @@ def test_of_some_tokens_of_a_batch_it_is_one_product(dtype, tokens):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+            mine = isinstance(result, torch.Tensor)
+            if mine and result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
                 written.append(result.numel())
             return result
 

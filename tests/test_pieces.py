@@ -19,7 +19,7 @@ from ttt_fast.engines.pieces import (
     ATTENTIONS,
     GATED_MLPS,
     RMS_NORMS,
-    RotaryPiece,
+    AttentionPiece,
     glu_of,
     pieces_of,
     rms_norm_of,
@@ -267,7 +267,7 @@ def model_with(kind, dtype):
 
 def turning(model):
     return [piece for piece in pieces_of(model, "auto", lambda x: False)
-            if isinstance(piece, RotaryPiece)]  # fmt: skip
+            if isinstance(piece, AttentionPiece)]  # fmt: skip
 
 
 @DTYPES

@@ -1,16 +1,19 @@
 // y = rho x W' - ((x a') o beta) d, W and a stored by rows, for a batch that shares W.
 // Fused: both products, scaling, accumulation, a copy of x. W is read as it lies; libraries first
-// copy it into another order, which costs more than it saves where rows of x are few. Arithmetic is
-// in float32 (float64 for float64), bfloat16 is rounded once: a small delta is not lost. No sum is
+// copy it into another order, which costs more than it saves where rows of x are few. The next of
+// it is fetched during the arithmetic: the two take about as long at 20 rows. Arithmetic is in
+// float32 (float64 for float64), bfloat16 is rounded once: a small delta is not lost. No sum is
 // longer than kSpan / lanes or kDepth terms; sums of these make the element. Computed, not
 // measured: bytes are those of W, a and d once, of y and the copy once or twice; an element of W
 // takes part in as many products as x has rows, so that memory bounds few rows, arithmetic many.
 // Reference: delta_linear in ttt_fast/factor_reference.py.
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <type_traits>
 
-#include "simd.h"
+#include "ahead.h"
+#include "tiles.h"
 
 // Sums of products need not round as another place does; fused they take half the instructions.
 #pragma GCC optimize("fp-contract=fast")
@@ -23,64 +26,65 @@ namespace {
 constexpr int kRows = 4;            // rows of W at a time (x W')
 constexpr int64_t kGroup = 16;      // rows of W that stay in the cache (x W')
 constexpr int kVectors = 4;         // vectors of a row of W at a time (x W)
-constexpr int64_t kDepth = 128;     // rows of W whose columns stay in the L2 cache (x W)
+constexpr int64_t kDepth = 64;      // rows of W whose columns stay in the L2 cache (x W)
 constexpr int64_t kColumns = 64;    // columns of y that one thread computes at a time
 constexpr int64_t kSpan = 2048;     // elements of a row of W to one sum (x W'); kDepth rows (x W)
 constexpr int64_t kWork = 1 << 19;  // products of x and a that are worth a thread
-
-// A matrix stored by rows.
-template <class C>
-struct Matrix {
-  C* data;
-  int64_t stride;
-  C* at(int64_t row, int64_t column) const { return data + row * stride + column; }
-};
 
 TTT_HOST_DEVICE float value(float x) { return x; }
 TTT_HOST_DEVICE double value(double x) { return x; }
 TTT_HOST_DEVICE float value(uint16_t x) { return bf16_to_float(x); }
 
-// y[t][r] = [y[t][r] +] <x[t], w[r]> for T tokens and R rows of W; `ahead` is a row that is needed
-// soon.
-template <class C, class W, int kBytes, int T, int R>
+// y[t][r] = [y[t][r] +] <x[t], w[r]> for T tokens and kRows rows of W, n a number of whole vectors.
+template <class C, class W, int kBytes, int T>
 TTT_HOST_DEVICE void dots(const C* x, int64_t ldx, const W* w, int64_t ldw, int64_t n, C* y,
-                          int64_t ldy, bool add, const W* ahead) {
+                          int64_t ldy, bool add, Ahead<W>& ahead) {
   using S = Simd<C, kBytes>;
-  typename S::Vector sums[T][R] = {};
-  const int64_t whole = n / S::kLanes * S::kLanes;
-  for (int64_t i = 0; i < whole; i += S::kLanes) {
-    __builtin_prefetch(ahead + i, 0, 2);
-    typename S::Vector row[R];
+  using Y = Simd<C, kRows* int(sizeof(C))>;
+  typename S::Vector sums[T][kRows] = {};
+  for (int64_t i = 0; i < n; i += S::kLanes) {
+    ahead.fetch();
+    typename S::Vector row[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) row[r] = S::load(w + r * ldw + i);
+    for (int r = 0; r < kRows; ++r) row[r] = S::load(w + r * ldw + i);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const typename S::Vector token = S::load(x + t * ldx + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[t][r] += token * row[r];
+      for (int r = 0; r < kRows; ++r) sums[t][r] += token * row[r];
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      C total = S::sum(sums[t][r]);
-      for (int64_t i = whole; i < n; ++i) total += x[t * ldx + i] * value(w[r * ldw + i]);
-      C* const to = y + t * ldy + r;
-      *to = add ? *to + total : total;
-    }
+    const typename Y::Vector totals = S::sums(sums[t]);
+    Y::store(y + t * ldy, add ? Y::load(y + t * ldy) + totals : totals);
+  }
+}
+
+// y[t] = [y[t] +] <x[t], w> for one row of W.
+template <class C, class W, int kBytes>
+TTT_HOST_DEVICE void dot(const C* x, int64_t ldx, int64_t tokens, const W* w, int64_t n, C* y,
+                         int64_t ldy, bool add) {
+  using S = Simd<C, kBytes>;
+  const int64_t whole = n / S::kLanes * S::kLanes;
+  for (int64_t t = 0; t < tokens; ++t) {
+    typename S::Vector sum = {};
+    for (int64_t i = 0; i < whole; i += S::kLanes) sum += S::load(x + t * ldx + i) * S::load(w + i);
+    C total = S::sum(sum);
+    for (int64_t i = whole; i < n; ++i) total += x[t * ldx + i] * value(w[i]);
+    y[t * ldy] = add ? y[t * ldy] + total : total;
   }
 }
 
 // y[t][0 .. V vectors) = [y[t][0 .. V vectors) +] sum over k < depth of x[t][k] w[k][0 .. V
-// vectors); `ahead` is a vector of a row that is needed soon.
+// vectors).
 template <class C, class W, int kBytes, int T, int V>
 TTT_HOST_DEVICE void axpys(const C* x, int64_t ldx, const W* w, int64_t ldw, int64_t depth, C* y,
-                           int64_t ldy, bool add, const W* ahead) {
+                           int64_t ldy, bool add, Ahead<W>& ahead) {
   using S = Simd<C, kBytes>;
   typename S::Vector sums[T][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(ahead + k * ldw, 0, 2);
+    ahead.fetch();
     typename S::Vector row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = S::load(w + k * ldw + v * S::kLanes);
@@ -101,80 +105,88 @@ TTT_HOST_DEVICE void axpys(const C* x, int64_t ldx, const W* w, int64_t ldw, int
   }
 }
 
-// Call f(b, t, T) for blocks b of at most kMost tokens from t on, T their number as a constant.
+template <int kMost>
+TTT_HOST_DEVICE int64_t blocks_of(int64_t tokens) {
+  return (tokens + kMost - 1) / kMost;
+}
+
+// Call f(t, T) for blocks of at most kMost tokens from t on, T their number as a constant.
 template <int kMost, class F>
 TTT_HOST_DEVICE void for_tokens(int64_t tokens, const F& f) {
-  const int64_t blocks = (tokens + kMost - 1) / kMost;
+  const int64_t blocks = blocks_of<kMost>(tokens);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t t = tokens * b / blocks;
     switch (tokens * (b + 1) / blocks - t) {
       case 1:
-        f(b, t, std::integral_constant<int, 1>());
+        f(t, std::integral_constant<int, 1>());
         break;
       case 2:
-        f(b, t, std::integral_constant<int, 2>());
+        f(t, std::integral_constant<int, 2>());
         break;
       case 3:
-        f(b, t, std::integral_constant<int, 3>());
+        f(t, std::integral_constant<int, 3>());
         break;
       case 4:
-        f(b, t, std::integral_constant<int, 4>());
+        f(t, std::integral_constant<int, 4>());
         break;
       case 5:
-        f(b, t, std::integral_constant<int, 5>());
+        f(t, std::integral_constant<int, 5>());
         break;
       default:
-        f(b, t, std::integral_constant<int, 6>());
+        f(t, std::integral_constant<int, 6>());
         break;
     }
   }
 }
 
 // y (tokens, rows) = [y +] x (tokens, n) w (rows, n)'. kMost tokens at a time: as registers allow.
+// After its rows W has `more` that are needed next.
 template <class C, class W, int kBytes, int kMost>
 TTT_HOST_DEVICE void span_by_rows(Matrix<const C> x, int64_t tokens, int64_t n, Matrix<const W> w,
-                                  int64_t rows, Matrix<C> y, bool add) {
-  const int64_t whole = rows / kRows * kRows;
+                                  int64_t rows, int64_t more, Matrix<C> y, bool add) {
+  const int64_t whole = rows / kRows * kRows, vectors = n / Simd<C, kBytes>::kLanes;
+  const int64_t most = vectors * Simd<C, kBytes>::kLanes;
+  const int64_t steps = kGroup / kRows * blocks_of<kMost>(tokens) * vectors;
   for (int64_t group = 0; group < whole; group += kGroup) {
     const int64_t end = std::min(group + kGroup, whole);
-    for_tokens<kMost>(tokens, [&](int64_t b, int64_t t, auto T) TTT_LAMBDA {
+    Ahead<W> ahead({w.at(end, 0), w.stride}, std::min(kGroup, rows + more - end), most, steps);
+    for_tokens<kMost>(tokens, [&](int64_t t, auto T) TTT_LAMBDA {
       // The tokens stay in the L1 cache for a group of rows, which stays in the L2 cache for all
-      // tokens. Each block of tokens fetches another kGroup / kRows rows of the next group.
+      // tokens.
       for (int64_t r = group; r < end; r += kRows) {
-        const int64_t ahead = (b * kGroup + r - group) / kRows;
-        const int64_t next = ahead < kGroup ? std::min(group + kGroup + ahead, rows - 1) : r;
-        dots<C, W, kBytes, T(), kRows>(x.at(t, 0), x.stride, w.at(r, 0), w.stride, n, y.at(t, r),
-                                       y.stride, add, w.at(next, 0));
+        dots<C, W, kBytes, T()>(x.at(t, 0), x.stride, w.at(r, 0), w.stride, most, y.at(t, r),
+                                y.stride, add, ahead);
       }
     });
   }
-  for (int64_t r = whole; r < rows; ++r) {
-    for_tokens<kMost>(tokens, [&](int64_t, int64_t t, auto T) TTT_LAMBDA {
-      dots<C, W, kBytes, T(), 1>(x.at(t, 0), x.stride, w.at(r, 0), w.stride, n, y.at(t, r),
-                                 y.stride, add, w.at(r, 0));
-    });
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t from = r < whole ? most : 0;
+    if (r < whole && from == n) continue;
+    dot<C, W, kBytes>(x.at(0, from), x.stride, tokens, w.at(r, from), n - from, y.at(0, r),
+                      y.stride, add || r < whole);
   }
 }
 
-// y (tokens, columns) = [y +] x (tokens, depth) w (depth, columns); `next`: rows of W to fetch.
+// y (tokens, columns) = [y +] x (tokens, depth) w (depth, columns); `next` rows of W are needed
+// after these.
 template <class C, class W, int kBytes, int kMost>
 TTT_HOST_DEVICE void span_by_columns(Matrix<const C> x, int64_t tokens, int64_t depth,
-                                     Matrix<const W> w, int64_t columns, Matrix<C> y, bool add,
-                                     Matrix<const W> next) {
+                                     Matrix<const W> w, int64_t columns, int64_t next, Matrix<C> y,
+                                     bool add) {
   constexpr int64_t kLanes = Simd<C, kBytes>::kLanes;
+  const int64_t steps = columns / (kVectors * kLanes) * blocks_of<kMost>(tokens) * depth;
+  Ahead<W> ahead({w.at(depth, 0), w.stride}, next, columns, steps);
   int64_t c = 0;
   for (; c + kVectors * kLanes <= columns; c += kVectors * kLanes) {
-    // Each block of tokens fetches another vector of the same columns of the next rows.
-    for_tokens<kMost>(tokens, [&](int64_t b, int64_t t, auto T) TTT_LAMBDA {
+    for_tokens<kMost>(tokens, [&](int64_t t, auto T) TTT_LAMBDA {
       axpys<C, W, kBytes, T(), kVectors>(x.at(t, 0), x.stride, w.at(0, c), w.stride, depth,
-                                         y.at(t, c), y.stride, add,
-                                         next.at(0, c + b % kVectors * kLanes));
+                                         y.at(t, c), y.stride, add, ahead);
     });
   }
   for (; c + kLanes <= columns; c += kLanes) {
-    for_tokens<kMost>(tokens, [&](int64_t, int64_t t, auto T) TTT_LAMBDA {
+    for_tokens<kMost>(tokens, [&](int64_t t, auto T) TTT_LAMBDA {
       axpys<C, W, kBytes, T(), 1>(x.at(t, 0), x.stride, w.at(0, c), w.stride, depth, y.at(t, c),
-                                  y.stride, add, next.at(0, c));
+                                  y.stride, add, ahead);
     });
   }
   for (; c < columns; ++c) {
@@ -186,14 +198,14 @@ TTT_HOST_DEVICE void span_by_columns(Matrix<const C> x, int64_t tokens, int64_t 
   }
 }
 
-// y (tokens, rows) = x (tokens, n) w (rows, n)'
+// y (tokens, rows) = x (tokens, n) w (rows, n)', `more` rows of w to follow
 template <class C, class W, int kBytes, int kMost>
 TTT_HOST_DEVICE void product_by_rows(Matrix<const C> x, int64_t tokens, int64_t n,
-                                     Matrix<const W> w, int64_t rows, Matrix<C> y) {
+                                     Matrix<const W> w, int64_t rows, int64_t more, Matrix<C> y) {
   int64_t k = 0;
   do {
     span_by_rows<C, W, kBytes, kMost>({x.at(0, k), x.stride}, tokens, std::min(kSpan, n - k),
-                                      {w.at(0, k), w.stride}, rows, y, k > 0);
+                                      {w.at(0, k), w.stride}, rows, more, y, k > 0);
     k += kSpan;
   } while (k < n);
 }
@@ -204,10 +216,9 @@ TTT_HOST_DEVICE void product_by_columns(Matrix<const C> x, int64_t tokens, int64
                                         Matrix<const W> w, int64_t columns, Matrix<C> y, bool add) {
   int64_t k = 0;
   do {
-    const int64_t depth = std::min(kDepth, n - k), next = std::min(k + kDepth, n - depth);
+    const int64_t depth = std::min(kDepth, n - k), next = std::min(kDepth, n - k - depth);
     span_by_columns<C, W, kBytes, kMost>({x.at(0, k), x.stride}, tokens, depth,
-                                         {w.at(k, 0), w.stride}, columns, y, add || k > 0,
-                                         {w.at(next, 0), w.stride});
+                                         {w.at(k, 0), w.stride}, columns, next, y, add || k > 0);
     k += kDepth;
   } while (k < n);
 }
@@ -216,8 +227,8 @@ TTT_HOST_DEVICE void product_by_columns(Matrix<const C> x, int64_t tokens, int64
 // 6.
 #define TTT_PRODUCTS_OF(C, W, target, bytes, registers)                                         \
   target void by_rows(Matrix<const C> x, int64_t tokens, int64_t n, Matrix<const W> w,          \
-                      int64_t rows, Matrix<C> y) {                                              \
-    product_by_rows<C, W, bytes, registers == 32 ? 6 : 2>(x, tokens, n, w, rows, y);            \
+                      int64_t rows, int64_t more, Matrix<C> y) {                                \
+    product_by_rows<C, W, bytes, registers == 32 ? 6 : 2>(x, tokens, n, w, rows, more, y);      \
   }                                                                                             \
   target void by_columns(Matrix<const C> x, int64_t tokens, int64_t n, Matrix<const W> w,       \
                          int64_t columns, Matrix<C> y, bool add) {                              \
@@ -234,14 +245,21 @@ template <class C, class S>
 struct DeltaLinear {
   const DeltaLinearCall& call;
   const C* x = nullptr;
-  std::unique_ptr<C[]> wide_x;  // x in C where it is stored in another type
-  std::unique_ptr<C[]> scores;  // (x a') o -beta, (batch, tokens, rank)
+  std::unique_ptr<C[]> wide_x;       // x in C where it is stored in another type
+  std::optional<TiledRows> tiled_x;  // x where its product with W is one of tiles
+  std::unique_ptr<C[]> scores;       // (x a') o -beta, (batch, tokens, rank)
 
   explicit DeltaLinear(const DeltaLinearCall& c)
       : call(c), scores(new C[size_t(c.batch * c.tokens * c.rank)]) {
     if constexpr (std::is_same_v<C, S>) {
       x = static_cast<const C*>(call.x);
     } else {
+      if (takes_tiles()) {
+        const uint16_t* const bits = static_cast<const uint16_t*>(call.x);
+        tiled_x.emplace(Matrix<const uint16_t>{bits, call.in}, call.batch * call.tokens, call.in,
+                        call.weight_by_columns);
+        if (call.rank == 0) return;
+      }
       const int64_t numel = call.batch * call.tokens * call.in;
       char* const from = const_cast<char*>(static_cast<const char*>(call.x));
       wide_x.reset(new C[size_t(numel)]);
@@ -250,6 +268,11 @@ struct DeltaLinear {
       });
       x = wide_x.get();
     }
+  }
+
+  bool takes_tiles() const {
+    const bool fits = call.in > 0 && call.in % kTileSide == 0 && call.out % kTileSide == 0;
+    return std::is_same_v<S, uint16_t> && call.weight != nullptr && fits && has_tiles();
   }
 
   Matrix<const C> x_of(int64_t b) const { return {x + b * call.tokens * call.in, call.in}; }
@@ -266,21 +289,30 @@ struct DeltaLinear {
 
   void score(int64_t b, int64_t from, int64_t to) const {
     const Matrix<C> h = scores_of(b, from);
-    by_rows(x_of(b), call.tokens, call.in, rows(call.a, b, from, 0), to - from, h);
+    by_rows(x_of(b), call.tokens, call.in, rows(call.a, b, from, 0), to - from, 0, h);
     const C* const beta = static_cast<const C*>(call.beta) + b * call.rank + from;
     for (int64_t t = 0; t < call.tokens; ++t) {
       for (int64_t r = 0; r < to - from; ++r) *h.at(t, r) *= -beta[r];
     }
   }
 
-  // block = rho x W', columns [c, c + n).
-  void base(int64_t c, int64_t n, Matrix<C> block) const {
+  // block = rho x W', columns [c, c + n), to be followed by those up to `end`.
+  void base(int64_t c, int64_t n, int64_t end, Matrix<C> block) const {
     const int64_t tokens = call.batch * call.tokens, stride = call.weight_stride;
     const S* const weight = static_cast<const S*>(call.weight);
-    if (call.weight_by_columns) {
+    if constexpr (std::is_same_v<S, uint16_t>) {
+      if (tiled_x && call.weight_by_columns) {
+        tiles_by_columns(*tiled_x, {weight + c, stride}, n, block);
+      } else if (tiled_x) {
+        tiles_by_rows(*tiled_x, {weight + c * stride, stride}, n, end - c - n, block);
+      }
+    }
+    if (tiled_x) {
+      // Done.
+    } else if (call.weight_by_columns) {
       by_columns(x_of(0), tokens, call.in, {weight + c, stride}, n, block, false);
     } else {
-      by_rows(x_of(0), tokens, call.in, {weight + c * stride, stride}, n, block);
+      by_rows(x_of(0), tokens, call.in, {weight + c * stride, stride}, n, end - c - n, block);
     }
     if (call.rho == nullptr) return;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -289,10 +321,11 @@ struct DeltaLinear {
     }
   }
 
-  // Columns [c, c + n) of y for all of the batch, in a block of y itself or of other memory.
-  void columns(int64_t c, int64_t n, Matrix<C> block) const {
+  // Columns [c, c + n) of y for all of the batch, in a block of y itself or of other memory; those
+  // up to `end` follow.
+  void columns(int64_t c, int64_t n, int64_t end, Matrix<C> block) const {
     const bool has_base = call.weight != nullptr;
-    if (has_base) base(c, n, block);
+    if (has_base) base(c, n, end, block);
     for (int64_t b = 0; b < call.batch && !(has_base && call.rank == 0); ++b) {
       const Matrix<C> h = scores_of(b, 0);
       by_columns({h.data, h.stride}, call.tokens, call.rank, rows(call.d, b, 0, c), n,
@@ -339,7 +372,7 @@ struct DeltaLinear {
       for (int64_t c = first * kColumns; c < end; c += step) {
         const int64_t n = std::min(step, end - c);
         columns(
-            c, n,
+            c, n, end,
             own ? Matrix<C>{scratch.get(), n} : Matrix<C>{static_cast<C*>(call.y) + c, call.out});
       }
     });

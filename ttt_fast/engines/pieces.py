@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ttt_fast import ops, reference
-from ttt_fast.engines.products import linear
+from ttt_fast.engines.attention import NARROW, Interfaces
+from ttt_fast.engines.products import linear, most_rows
 from ttt_fast.op_checks import DTYPES
 from ttt_fast.rounding import compute_dtype
 
@@ -43,6 +44,8 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 # Their forward calls this function of their own file: x ∘ cos + rotate_half(x) ∘ sin of queries and
 # keys; of the first columns, as many as there are angles; and with angles in float32.
 _ROTARY = "apply_rotary_pos_emb"
+# And one of these.
+_ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
 _TURN_WHOLE = frozenset({
     "Gemma2Attention", "Gemma3Attention", "GemmaAttention", "GraniteAttention", "LlamaAttention",
     "MistralAttention", "MixtralAttention", "PhiAttention", "Qwen2Attention", "Qwen2MoeAttention",
@@ -159,16 +162,23 @@ def rotary_of(module: nn.Module, backend: str) -> Rotary | None:
     return Rotary(name in _TURN_PART, name in _TURN_WIDE, functions[1], *found)
 
 
+def attends_wide(module: nn.Module, implementation: str | None, backend: str) -> bool:
+    """Whether the backward of an attention is in float32: torch's, in 16 bits on a CPU."""
+    param = next(module.parameters())
+    narrow = param.dtype in NARROW and param.device.type in ("cpu", "meta")
+    return narrow and implementation == "sdpa" and rotary_of(module, backend) is not None
+
+
 def linear_of(module: nn.Module, backend: str) -> Callable[..., Tensor] | None:
     """A plain linear layer's x Wᵀ + b, None where there is no faster product than torch's."""
     known = (
         type(module).forward is nn.Linear.forward
         and {"weight", "bias"} <= set(module._parameters)
         and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-        and _fused(module, backend, "delta_linear") is not None
+        and most_rows(module.weight.dtype) > 0
     )
-    return _FrozenLinear.apply if known else None
+    found = _fused(module, backend, "delta_linear") if known else None
+    return None if found is None else partial(_linear, *found)
 
 
 def _fused(module: nn.Module, backend: str, *names: str) -> list[Callable[..., Any]] | None:
@@ -178,6 +188,12 @@ def _fused(module: nn.Module, backend: str, *names: str) -> list[Callable[..., A
     found = [ops.implementation(name, device, backend) for name in names]
     plain = any(run is getattr(reference, name) for name, run in zip(names, found, strict=True))
     return None if plain else found
+
+
+def _linear(
+    product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _FrozenLinear.apply(x, weight, bias, product)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -240,16 +256,19 @@ class _Rotary(torch.autograd.Function):
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Callable[..., Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(weight)
-        y = linear(x, weight)
+        ctx.product = product
+        y = linear(x, weight, product)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return linear(dy, weight.t()), None, None
+        return linear(dy, weight.t(), ctx.product), None, None, None
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -301,12 +320,15 @@ class GluPiece(_Piece):
         return module.down_proj(self._arithmetic(gate.contiguous(), up.contiguous()))
 
 
-class RotaryPiece(_Piece):
+class AttentionPiece(_Piece):
     """An attention whose queries and keys are turned by one op; the rest is its own code.
 
+    But for torch's attention in 16 bits on a CPU, of which the backward is in float32
+    (:mod:`ttt_fast.engines.attention`).
+
     Its forward is that of its class with globals of its own: those of the class's file, but for the
-    function that turns, as they are when the piece is made. So neither the file nor the class is
-    changed, nor any other model's module.
+    function that turns and those that attend, as they are when the piece is made. So neither the
+    file nor the class is changed, nor any other model's module.
     """
 
     def __init__(
@@ -320,6 +342,8 @@ class RotaryPiece(_Piece):
         own = type(module).forward
         # Nothing that refers to this piece: it would be a cycle, and keep what own_code belongs to.
         shared = own.__globals__ | {_ROTARY: partial(_turned, arithmetic, own_code)}
+        if _ATTENTIONS in shared:
+            shared[_ATTENTIONS] = Interfaces(shared[_ATTENTIONS], own_code)
         forward = FunctionType(
             own.__code__, shared, own.__name__, own.__defaults__, own.__closure__
         )
@@ -353,7 +377,7 @@ class LinearPiece(_Piece):
         return self._arithmetic(x, weight, bias)
 
 
-Piece = NormPiece | GluPiece | RotaryPiece | LinearPiece
+Piece = NormPiece | GluPiece | AttentionPiece | LinearPiece
 
 
 def pieces_of(
@@ -368,7 +392,7 @@ def pieces_of(
     """
     for name, module in model.named_modules():
         for known, piece in (
-            (rms_norm_of, NormPiece), (glu_of, GluPiece), (rotary_of, RotaryPiece),
+            (rms_norm_of, NormPiece), (glu_of, GluPiece), (rotary_of, AttentionPiece),
             (linear_of, LinearPiece),
         ):  # fmt: skip
             arithmetic = known(module, backend)

@@ -7,8 +7,9 @@ the update forms it a block of rows at a time, in the cache.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_fast import ops
+from ttt_fast.backend import available_backends
 from ttt_fast.dispatch import choose
 from ttt_fast.reference import UNDO_CHUNK
 from ttt_fast.rounding import compute_dtype
@@ -316,22 +318,72 @@ class Scratch:
         return buffer
 
 
-# On an EPYC (Zen 4) torch's own products, which copy W into another order first, take 1.3 to 2
-# times as long at 20 to 64 rows and as long at 320.
-_FEW_ROWS = 256
+# ---------------------------------------------------------------------------- products with W
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x Wᵀ; for few rows in float32 on a CPU by a product that reads W as it lies."""
-    rows = x.shape[:-1].numel()
-    lies_in_rows = 1 in weight.stride()
-    few = 0 < rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32
-    if few and lies_in_rows:
-        nothing = x.new_empty(1, 0, x.shape[-1]), x.new_empty(1, 0, len(weight)), x.new_empty(1, 0)
-        plain = ops.implementation("delta_linear", "cpu")
-        y = plain(x.reshape(1, rows, x.shape[-1]).contiguous(), weight, *nothing, None, None)
-    else:
+@functools.cache
+def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
+    """Rows of x up to which the product that reads W as it lies is the faster one on this CPU.
+
+    Others copy W into another order first. Measured on SmolLM2's shapes, weights not in the cache:
+    on an EPYC (Zen 4) torch's take 1.3 to 2 times as long at 20 to 64 rows and as long at 320; on a
+    Xeon (Granite Rapids) 1.2 to 1.7 times at 20 rows and as long at 80. In bfloat16 that Xeon's
+    tiles take 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192, and for x W as long at 64.
+
+    Args:
+        dtype: of x and W.
+        by_rows: whether W is stored as x Wᵀ reads it; x W reads it across.
+
+    Returns:
+        0 where there is no such product.
+    """
+    known = torch.ops.ttt_fast_cpp if available_backends()["cpp"] == "ok" else None
+    if known is None or dtype not in (torch.float32, torch.bfloat16):
+        return 0
+    if dtype == torch.float32:
+        return 80 if known.is_intel() else 256
+    return 0 if not known.has_tiles() else 192 if by_rows else 64
+
+
+TILE_SIDE = 32  # kTileSide in csrc/cpu/tiles.h
+
+
+def linear(x: Tensor, weight: Tensor, product: Callable[..., Tensor] | None = None) -> Tensor:
+    """Return x Wᵀ; for few rows on a CPU by a product that reads W as it lies.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        product: ``delta_linear`` where it runs; looked up if None.
+    """
+    out, width = weight.shape
+    rows = x.numel() // width if width else x.shape[:-1].numel()
+    if not reads_as_it_lies(x, weight, rows):
         # As a matrix: of a part of a batch torch would make a batch of products, with copies of W.
-        y = F.linear(x.reshape(rows, x.shape[-1]), weight)
+        y = F.linear(x.reshape(rows, width), weight)
+    else:
+        product = product or ops.implementation("delta_linear", "cpu")
+        grouped = x if x.dim() == 3 else x.reshape(1, rows, width)
+        nothing = _no_factors(grouped.shape[0], width, out, x.dtype)
+        y = product(grouped.contiguous(), weight, *nothing, None, None)
+        if x.dim() == 3:
+            return y
     # To autograd no view, so that a model may write into what it gets.
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
+
+
+def reads_as_it_lies(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether ``delta_linear`` is the faster product of so many rows x with W."""
+    if rows == 0 or not x.is_cpu:
+        return False
+    across, along = weight.stride()
+    if rows > most_rows(x.dtype, along == 1) or 1 not in (across, along):
+        return False
+    return x.dtype == torch.float32 or all(n % TILE_SIDE == 0 for n in weight.shape)
+
+
+@functools.cache
+def _no_factors(n: int, width: int, out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """a, d and beta of n deltas of rank 0."""
+    a, d = (torch.empty(n, 0, m, dtype=dtype) for m in (width, out))
+    return a, d, torch.empty(n, 0)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ttt_fast.batch import text_config
-from ttt_fast.engines.pieces import glu_of, rms_norm_of
+from ttt_fast.engines.pieces import attends_wide, glu_of, rms_norm_of
 from ttt_fast.engines.work import Layer
 from ttt_fast.scope import decoder_layers
 from ttt_fast.selection import Selection
@@ -212,7 +212,10 @@ class _Keeping:
         return replace(layer, saved=wide * width + trained, statistics=rows)
 
     def _attention(self, layer: Layer, parent: nn.Module) -> Layer:
-        """Query, key, value and result; written-out attention has keys and values of each head."""
+        """Query, key, value and result; written-out attention has keys and values of each head.
+
+        Where the backward computes the attention again, not the result.
+        """
         kind, groups = type(parent).__name__, getattr(parent, "num_key_value_groups", 1)
         of_one = kind in _TURNED_OF_ONE
         if self._implementation == "eager":
@@ -230,9 +233,12 @@ class _Keeping:
             for name, child in parent.named_children()
             if name not in _ATTENTION_OUTPUTS and name.find("norm") < 0 and hasattr(child, "weight")
         ]
-        saved = sum(projections) + layer.in_
+        saved = sum(projections)
         if of_one:
             saved += layer.in_ + layer.in_ // groups
+        if not self._stock and attends_wide(parent, self._implementation, self._backend):
+            return replace(layer, saved=saved)  # and the mask that all layers share
+        saved += layer.in_
         copied = kind in _HEADS_FIRST and not self._stock
         layer = replace(layer, saved=saved, statistics=self._heads, keeps_input=not copied)
         if self._implementation != "sdpa":

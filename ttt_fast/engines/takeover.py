@@ -33,6 +33,7 @@ from ttt_fast.engines.factors import (
     add_product_,
     batched_product,
 )
+from ttt_fast.engines.products import reads_as_it_lies
 from ttt_fast.engines.rows import Rows, Start
 from ttt_fast.rounding import compute_dtype
 
@@ -173,7 +174,8 @@ def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., T
         append: Tensor | None,
     ) -> Tensor:
         tokens = x.shape[0] * x.shape[1]
-        if rho is not None or tokens < _MANY_TOKENS:
+        few = tokens < _MANY_TOKENS or reads_as_it_lies(x, weight, tokens)
+        if rho is not None or few:
             return delta_linear(x, weight, a, d, beta, rho, append)
         rows = x.view(tokens, -1)
         if beta.shape[1] == 0:
@@ -187,7 +189,8 @@ def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., T
     return run
 
 
-# Below this many tokens reading the weight takes longer than the arithmetic, whatever its type.
+# Below this many tokens reading the weight takes longer than the arithmetic, whatever its type; with
+# tiles (products.most_rows) our own has the arithmetic, too.
 _MANY_TOKENS = 48
 
 

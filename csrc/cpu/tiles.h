@@ -1,0 +1,44 @@
+// Products of bfloat16 matrices in the processor's matrix registers (Intel AMX): sums in float32,
+// denormal numbers count as 0. W is read as it lies, once for all tokens of a few hundred.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ahead.h"
+
+namespace ttt_fast {
+
+// Whether this processor has them, the system lets us and the compiler knew them.
+bool has_tiles();
+
+// Whether this is a processor that torch's own products (MKL) are tuned for.
+bool is_intel();
+
+// Rows and columns of W have to be multiples of this.
+constexpr int64_t kTileSide = 32;
+
+// Rows of bfloat16 numbers in the order in which tiles are read, for W by rows or by columns.
+class TiledRows {
+ public:
+  TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n, bool for_columns);
+  int64_t rows() const { return rows_; }
+  int64_t n() const { return n_; }
+  // Columns [32 k, 32 k + 32) of rows [16 b, 16 b + 16).
+  const uint32_t* tile(int64_t b, int64_t k) const { return &data_[(k * blocks_ + b) * 256]; }
+  int64_t pairs() const { return blocks_ / 2; }
+
+ private:
+  int64_t rows_, n_, blocks_;
+  std::vector<uint32_t> data_;
+};
+
+// y (x.rows, rows) = x w (rows, x.n)', after which `more` rows of w are needed.
+void tiles_by_rows(const TiledRows& x, Matrix<const uint16_t> w, int64_t rows, int64_t more,
+                   Matrix<float> y);
+
+// y (x.rows, columns) = x w (x.n, columns)
+void tiles_by_columns(const TiledRows& x, Matrix<const uint16_t> w, int64_t columns,
+                      Matrix<float> y);
+
+}  // namespace ttt_fast
