@@ -67,7 +67,10 @@ class RmsNorm(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor]]
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The norm of x (n, M, D) with weights (n, D) of the compute type, less the shift."""
+        """The norm of x (n, ..., D) with weights (n, D) of the compute type, less the shift.
+
+        With one weight, of x (..., D).
+        """
         return _RmsNorm.apply(x, 1.0 + weight if self.shifted else weight, self)
 
 
@@ -199,18 +202,20 @@ def _linear(
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, norm: RmsNorm) -> Tensor:
-        y, rstd = norm.forward(x, weight, eps=norm.eps, round_first=norm.round_first)
+        rows = x.reshape(len(weight), -1, x.shape[-1])
+        y, rstd = norm.forward(rows, weight, eps=norm.eps, round_first=norm.round_first)
         ctx.save_for_backward(x, weight, rstd)
         ctx.norm = norm
-        return y
+        return _shaped_like(x, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        norm, dy = ctx.norm, dy.contiguous()
-        dx, dweight = norm.backward(dy, x, weight, rstd, round_first=norm.round_first)
-        return dx, dweight, None
+        norm, shape = ctx.norm, (len(weight), -1, x.shape[-1])
+        dy, rows = dy.contiguous().view(shape), x.reshape(shape)
+        dx, dweight = norm.backward(dy, rows, weight, rstd, round_first=norm.round_first)
+        return dx.view(x.shape), dweight, None
 
 
 class _Glu(torch.autograd.Function):
@@ -271,6 +276,11 @@ class _FrozenLinear(torch.autograd.Function):
         return linear(dy, weight.t(), ctx.product), None, None, None
 
 
+def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """y, to autograd no view: a model may write into what it gets."""
+    return y if y.shape == x.shape else torch.ops.aten._unsafe_view(y, x.shape)
+
+
 def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -304,8 +314,7 @@ class NormPiece(_Piece):
         weight = self.module.weight
         if x.dtype != weight.dtype or self._own_code(x):
             return type(self.module).forward(self.module, x)
-        rows = x.reshape(1, -1, x.shape[-1])
-        return self._arithmetic(rows, weight.to(compute_dtype(weight.dtype))[None]).view(x.shape)
+        return self._arithmetic(x, weight.to(compute_dtype(weight.dtype))[None])
 
 
 class GluPiece(_Piece):

@@ -189,8 +189,8 @@ def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., T
     return run
 
 
-# Below this many tokens reading the weight takes longer than the arithmetic, whatever its type; with
-# tiles (products.most_rows) our own has the arithmetic, too.
+# Below this many tokens reading the weight takes longer than the arithmetic, whatever its type.
+# With tiles (products.most_rows) our own product has bfloat16 arithmetic, too.
 _MANY_TOKENS = 48
 
 
