@@ -20,7 +20,8 @@ from tests.factored_cases import (
 )
 from tests.families import tiny_model
 from tests.loops import prompt_ids, row_loss, sgd_loop, twin
-from ttt_fast import Batch, DivergedError
+from ttt_fast import Batch, DivergedError, TTTConfig, TTTTrainer
+from ttt_fast.engines import products
 from ttt_fast.naive import naive_adapt
 from ttt_fast.prompts import prompt_batch
 
@@ -347,3 +348,22 @@ def test_rows_that_cannot_be_divided_among_the_deltas():
         with pytest.raises(ValueError, match="delta 2 of 2"):
             adapted.weights_of(2).__enter__()
         assert adapted.loss().isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tokens_go_through_torchs_products(dtype, monkeypatch):
+    """The product with W is torch's then, and the delta is added to it before it is rounded."""
+    model, ids = tiny_model("llama", dtype), prompt_ids(40, n_rows=2)
+    config = TTTConfig(lr=1e-2, steps=4, engine="factored", momentum=0.9)
+    found, forwards = [], []
+    real = torch.Tensor.addmm_
+    spy = lambda *args: (forwards.append(1), real(*args))[1]  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "addmm_", spy)
+    for most in (256, 0):
+        monkeypatch.setattr(products, "most_rows", lambda *_, most=most: most)
+        forwards.clear()
+        with TTTTrainer(model, config).adapt(ids, deltas="independent") as adapted:
+            found.append(adapted.losses.float())
+        assert bool(forwards) == (most == 0 and dtype == torch.float32)
+    rtol = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*found, rtol=rtol, atol=rtol)

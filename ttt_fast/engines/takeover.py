@@ -142,8 +142,8 @@ class Desk:
         if param.dtype == torch.float16 and device.type == "cpu":
             backend = "torch"  # C++ has no float16
         self.delta_linear = ops.implementation("delta_linear", device.type, backend)
-        if param.dtype == torch.bfloat16 and device.type == "cpu":
-            self.delta_linear = _with_bfloat16_units(self.delta_linear)
+        if device.type == "cpu" and param.dtype in (torch.float32, torch.bfloat16):
+            self.delta_linear = _with_torchs_products(self.delta_linear)
         self.layout: Layout | None = None
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.newest: Inputs | None = None
@@ -155,14 +155,12 @@ class Desk:
         return not self.layout.recording and x.requires_grad and torch.is_grad_enabled()
 
 
-def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """delta_linear whose large products go through oneDNN, which has bfloat16 arithmetic.
+def _with_torchs_products(delta_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """delta_linear whose products with W are torch's where those are faster (products.most_rows).
 
-    oneDNN adds the delta before it rounds, so a delta below the rounding of x Wᵀ is not lost.
+    Both add the delta before they round, so a delta below the rounding of x Wᵀ is not lost.
     """
-    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if product is None:
-        return delta_linear
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
     def run(
         x: Tensor,
@@ -173,9 +171,9 @@ def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., T
         rho: Tensor | None,
         append: Tensor | None,
     ) -> Tensor:
-        tokens = x.shape[0] * x.shape[1]
-        few = tokens < _MANY_TOKENS or reads_as_it_lies(x, weight, tokens)
-        if rho is not None or few:
+        tokens, narrow = x.shape[0] * x.shape[1], x.dtype == torch.bfloat16
+        few = reads_as_it_lies(x, weight, tokens) or (narrow and tokens < _MANY_TOKENS)
+        if rho is not None or few or (narrow and onednn is None):
             return delta_linear(x, weight, a, d, beta, rho, append)
         rows = x.view(tokens, -1)
         if beta.shape[1] == 0:
@@ -183,7 +181,10 @@ def _with_bfloat16_units(delta_linear: Callable[..., Tensor]) -> Callable[..., T
                 append.copy_(x)
             return F.linear(rows, weight).view(*x.shape[:2], -1)
         delta = delta_linear(x, None, a, d, beta, None, append)
-        y = product.binary(rows, delta.view(tokens, -1), weight, None, "add")
+        if narrow:
+            y = onednn.binary(rows, delta.view(tokens, -1), weight, None, "add")
+        else:
+            y = delta.view(tokens, -1).addmm_(rows, weight.t())
         return y.view(delta.shape)
 
     return run
