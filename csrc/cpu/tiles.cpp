@@ -1,8 +1,9 @@
 // Products in tiles of 16 rows of 64 bytes: C (16, 16) float32 += A (16, 32) B (32, 16), B with two
-// rows next to each other. Four C at a time, of two A and two B. Computed, not measured: at T
-// tokens W takes 2 T / 32 of the 16 cycles of a product for each of its 1024 bytes, which a core
-// reads in 175 cycles (14 GB/s, 2.4 GHz), so that memory bounds up to some 350 tokens. Source:
-// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
+// rows next to each other. Four C at a time, of two A and two B. Computed, not measured: a tile of
+// W, 1024 bytes, takes part in a product of 16 cycles for each 16 tokens, and a core reads it in
+// 175 cycles (14 GB/s, 2.4 GHz), so that memory bounds up to some 175 tokens.
+//
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 #include "tiles.h"
 
 #include <cstring>

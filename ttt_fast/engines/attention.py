@@ -1,10 +1,10 @@
 """Torch's attention in 16 bits on a CPU, with a backward in float32.
 
 The forward is torch's own, bit for bit. Of its backward in bfloat16 most of the time goes into
-conversions and small products: 0.5 ms a layer of SmolLM2 at 20 tokens and 5.7 ms at 256, where the
-one in float32 takes 0.1 and 0.7 (2 cores). So queries, keys and values are kept, in their 16 bits,
-and the backward computes the attention once more on float32 copies of them. Its gradients are the
-more exact ones.
+conversions and small products. So queries, keys and values are kept, in their 16 bits, and the
+backward computes the attention once more on float32 copies of them. Its gradients are the more
+exact ones. A layer of SmolLM2 on a Xeon with AMX, 2 threads: 0.31 ms at 20 tokens where torch's
+backward takes 0.56, 0.62 at 64 (1.02), but 3.8 at 256 (3.1).
 """
 
 from __future__ import annotations

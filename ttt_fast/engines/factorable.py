@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ttt_fast.engines.desk import Desk
 from ttt_fast.engines.factors import MatrixFactors, VectorFactors
 from ttt_fast.engines.norms import NormSite
-from ttt_fast.engines.takeover import Desk, EmbeddingSite, LinearSite
+from ttt_fast.engines.takeover import EmbeddingSite, LinearSite
 from ttt_fast.scope import is_compiled
 from ttt_fast.selection import Selection
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ttt_fast import placement, profiling
 from ttt_fast.batch import Batch
 from ttt_fast.config import TTTConfig
+from ttt_fast.engines.desk import Desk, Layout
 from ttt_fast.engines.factorable import take_over, unsupported
 from ttt_fast.engines.factors import (
     Factors,
@@ -36,7 +37,6 @@ from ttt_fast.engines.head import OutputHead, output_head
 from ttt_fast.engines.head_kinds import FactoredHead, FrozenHead
 from ttt_fast.engines.pieces import pieces_of, standing_in
 from ttt_fast.engines.rows import RowBuffer, Rows
-from ttt_fast.engines.takeover import Desk, Layout
 from ttt_fast.placement import Placement
 from ttt_fast.rounding import compute_dtype
 from ttt_fast.selection import Selection

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttt_fast.engines.desk import Desk
 from ttt_fast.engines.factors import VectorFactors
 from ttt_fast.engines.pieces import rms_norm_of
-from ttt_fast.engines.takeover import Desk, effective_vector
+from ttt_fast.engines.takeover import effective_vector
 
 
 class NormSite:
