@@ -327,7 +327,7 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
 
     Others copy W into another order first. Measured on SmolLM2's shapes, weights not in the cache:
     on an EPYC (Zen 4) torch's take 1.3 to 2 times as long at 20 to 64 rows and as long at 320; on a
-    Xeon (Granite Rapids) 1.2 to 1.7 times at 20 rows and as long at 80. In bfloat16 that Xeon's
+    Xeon with AMX 1.2 to 1.7 times at 20 rows and as long at 80. In bfloat16 that Xeon's
     tiles take 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192, and for x W as long at 64.
 
     Args:
