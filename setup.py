@@ -69,7 +69,7 @@ class BuildExtension(build_ext):
         except subprocess.CalledProcessError:
             if CUDA == "1":
                 raise
-        objects = self.compile("csrc/ops.cpp", CXX, *CXX_FLAGS, f'-DTTT_FAST_BUILT="{built}"')
+        objects = self.compile("csrc/*ops.cpp", CXX, *CXX_FLAGS, f'-DTTT_FAST_BUILT="{built}"')
         objects += self.compile("csrc/cpu/*.cpp", CXX, *CXX_FLAGS)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
+// The stride of a dimension of one element is anything.
+inline bool dense(const Tensor& t, int64_t dim) {
+  return t.strides()[dim] == 1 || t.sizes()[dim] <= 1;
+}
+
 // Fold the dimensions, innermost first, into runs of consecutive memory and as few outer dimensions
 // as possible: a contiguous tensor becomes one run, rows of a fused projection one outer dimension.
 inline View describe(const Tensor& tensor, const char* op, const char* name, size_t i,

@@ -111,6 +111,27 @@ struct RotaryCall {
   void* y;
 };
 void rotary_cpu(const RotaryCall& call);
+
+// Rows (batch, heads, tokens, width) of a tensor whose rows are consecutive; strides in elements.
+struct Heads {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// Gradients of y = softmax(scale q k' + mask) v. Query head h attends to head h / (heads /
+// kv_heads) of the keys.
+struct AttentionBackwardCall {
+  int64_t batch, heads, kv_heads, queries, keys, width;
+  Dtype dtype;
+  int32_t element_size;
+  double scale;
+  bool causal;  // query i attends to keys 0 .. i
+  Heads dy, q, k, v;
+  Heads mask;   // a row of `keys` for each query; data: nullptr for none
+  bool chosen;  // mask has a byte for each key, 0 for none; else numbers of dtype that are added
+  Heads dq, dk, dv;
+};
+void attention_backward_cpu(const AttentionBackwardCall& call);
 void copy_cpu(const Views& dsts, const Views& srcs);
 void undo_restore_cpu(const Views& params, const UndoState& undo);
 int64_t checksum_cpu(const Views& tensors);

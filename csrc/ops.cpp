@@ -175,9 +175,6 @@ Tensor nll_(Tensor logits, Tensor targets, int64_t ignore_index) {
   return losses;
 }
 
-// The stride of a dimension of one element is anything.
-bool dense(const Tensor& t, int64_t dim) { return t.strides()[dim] == 1 || t.sizes()[dim] <= 1; }
-
 Tensor delta_linear(Tensor x, std::optional<Tensor> weight, Tensor a, Tensor d, Tensor beta,
                     std::optional<Tensor> rho, std::optional<Tensor> append) {
   const Dtype dtype = describe(x, "delta_linear", "x", 0, false).dtype;
@@ -219,125 +216,6 @@ Tensor delta_linear(Tensor x, std::optional<Tensor> weight, Tensor a, Tensor d, 
   call.append_stride = append ? append->strides()[1] : 0;
   call.dtype = dtype;
   delta_linear_cpu(call);
-  return y;
-}
-
-// What forward and backward have in common; y is of x's shape.
-RmsNormCall rms_norm_call(const char* op, const Tensor& x, const Tensor& weight, bool round_first) {
-  const View view = describe(x, op, "x", 0, false);
-  const ScalarType wide = view.dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(view.is_float() && x.dim() == 3 && x.is_contiguous(), op,
-                  ": x must be (B, M, D), contiguous, float32, bfloat16, float16 or float64.");
-  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == wide &&
-                      weight.dim() == 2 && weight.sizes()[0] == x.sizes()[0] &&
-                      weight.sizes()[1] == x.sizes()[2],
-                  op, ": weight must be (B, D), contiguous, of the compute type.");
-  RmsNormCall call = {};
-  call.batch = x.sizes()[0], call.tokens = x.sizes()[1], call.width = x.sizes()[2];
-  call.dtype = view.dtype, call.element_size = view.element_size;
-  call.round_first = round_first;
-  call.x = x.data_ptr(), call.weight = weight.data_ptr();
-  return call;
-}
-
-std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps, bool round_first) {
-  RmsNormCall call = rms_norm_call("rms_norm", x, weight, round_first);
-  const std::vector<int64_t> shape = {call.batch, call.tokens, call.width};
-  const std::vector<int64_t> tokens = {call.batch, call.tokens};
-  Tensor y = torch::stable::empty(shape, x.scalar_type());
-  Tensor rstd = torch::stable::empty(tokens, weight.scalar_type());
-  call.eps = eps, call.y = y.data_ptr(), call.rstd = rstd.data_ptr();
-  rms_norm_cpu(call);
-  return {y, rstd};
-}
-
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd,
-                                             bool round_first) {
-  RmsNormCall call = rms_norm_call("rms_norm_backward", x, weight, round_first);
-  STD_TORCH_CHECK(dy.is_cpu() && dy.is_contiguous() && dy.scalar_type() == x.scalar_type() &&
-                      dy.numel() == x.numel() && rstd.is_cpu() && rstd.is_contiguous() &&
-                      rstd.scalar_type() == weight.scalar_type() &&
-                      rstd.numel() == call.batch * call.tokens,
-                  "rms_norm_backward: dy must be as x, and rstd what rms_norm returned.");
-  const std::vector<int64_t> shape = {call.batch, call.tokens, call.width};
-  const std::vector<int64_t> widths = {call.batch, call.width};
-  Tensor dx = torch::stable::empty(shape, x.scalar_type());
-  Tensor dweight = torch::stable::empty(widths, weight.scalar_type());
-  call.backward = true, call.dy = dy.data_ptr(), call.rstd = rstd.data_ptr();
-  call.y = dx.data_ptr(), call.dweight = dweight.data_ptr();
-  rms_norm_cpu(call);
-  return {dx, dweight};
-}
-
-GluCall glu_call(const char* op, const Tensor& gate, const Tensor& up,
-                 const std::string& activation) {
-  const View view = describe(gate, op, "gate", 0, false);
-  STD_TORCH_CHECK(view.is_float() && gate.is_contiguous() && up.is_cpu() && up.is_contiguous() &&
-                      up.scalar_type() == gate.scalar_type() && up.numel() == gate.numel(),
-                  op, ": gate and up must be contiguous, of one shape and of one dtype, float32, ",
-                  "bfloat16, float16 or float64.");
-  STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", op, ": activation \"",
-                  activation, "\" is unknown; use \"silu\" or \"gelu_tanh\".");
-  GluCall call = {};
-  call.numel = view.numel, call.dtype = view.dtype, call.element_size = view.element_size;
-  call.gelu_tanh = activation == "gelu_tanh";
-  call.gate = gate.data_ptr(), call.up = up.data_ptr();
-  return call;
-}
-
-Tensor glu(Tensor gate, Tensor up, std::string activation) {
-  GluCall call = glu_call("glu", gate, up, activation);
-  Tensor y = torch::stable::empty_like(gate);
-  call.y = y.data_ptr();
-  glu_cpu(call);
-  return y;
-}
-
-std::tuple<Tensor, Tensor> glu_backward(Tensor dy, Tensor gate, Tensor up, std::string activation) {
-  GluCall call = glu_call("glu_backward", gate, up, activation);
-  STD_TORCH_CHECK(dy.is_cpu() && dy.is_contiguous() && dy.scalar_type() == gate.scalar_type() &&
-                      dy.numel() == gate.numel(),
-                  "glu_backward: dy must be as gate.");
-  Tensor dgate = torch::stable::empty_like(gate), dup = torch::stable::empty_like(gate);
-  call.backward = true, call.dy = dy.data_ptr();
-  call.y = dgate.data_ptr(), call.dup = dup.data_ptr();
-  glu_cpu(call);
-  return {dgate, dup};
-}
-
-Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool transposed) {
-  const View view = describe(x, "rotary", "x", 0, false);
-  const ScalarType wide = view.dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(view.is_float() && x.dim() == 4 && dense(x, 3),
-                  "rotary: x must be (B, H, T, D), its rows consecutive, float32, bfloat16, "
-                  "float16 or float64.");
-  RotaryCall call = {};
-  call.batch = x.sizes()[0], call.heads = x.sizes()[1], call.tokens = x.sizes()[2];
-  call.width = x.sizes()[3];
-  const auto factor = [&](const Tensor& t, const char* name) -> Factor {
-    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3 && dense(t, 2) &&
-                        (t.sizes()[0] == 1 || t.sizes()[0] == call.batch) &&
-                        t.sizes()[1] == call.tokens && t.sizes()[2] <= call.width &&
-                        t.sizes()[2] % 2 == 0 &&
-                        (t.scalar_type() == x.scalar_type() || t.scalar_type() == wide),
-                    "rotary: ", name,
-                    " must be (B or 1, T, R) with R even and at most D, its rows "
-                    "consecutive, of the dtype of x or of the compute type.");
-    return {t.data_ptr(), t.sizes()[0] == 1 ? 0 : t.strides()[0], t.strides()[1]};
-  };
-  call.cos = factor(cos, "cos"), call.sin = factor(sin, "sin");
-  STD_TORCH_CHECK(cos.scalar_type() == sin.scalar_type() && cos.sizes()[2] == sin.sizes()[2],
-                  "rotary: cos and sin differ in dtype or in their last dimension.");
-  call.turned = cos.sizes()[2];
-  call.x_batch = x.strides()[0], call.x_head = x.strides()[1], call.x_token = x.strides()[2];
-  call.dtype = view.dtype, call.angles = dtype_of(cos), call.element_size = view.element_size;
-  call.transposed = transposed;
-  // In the order of memory of x, as results of torch's own operations are.
-  Tensor y = torch::stable::empty_like(x);
-  STD_TORCH_CHECK(dense(y, 3), "rotary: x shares memory between its elements; pass a clone of it.");
-  call.y_batch = y.strides()[0], call.y_head = y.strides()[1], call.y_token = y.strides()[2];
-  call.x = x.data_ptr(), call.y = y.data_ptr();
-  rotary_cpu(call);
   return y;
 }
 
@@ -402,13 +280,9 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
   m.def("has_tiles() -> bool");
   m.def("is_intel() -> bool");
   m.def("nll_(Tensor(a!) logits, Tensor targets, *, int ignore_index) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool round_first) -> (Tensor, Tensor)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first) -> "
       "(Tensor, Tensor)");
-  m.def("glu(Tensor gate, Tensor up, *, str activation) -> Tensor");
-  m.def("glu_backward(Tensor dy, Tensor gate, Tensor up, *, str activation) -> (Tensor, Tensor)");
-  m.def("rotary(Tensor x, Tensor cos, Tensor sin, *, bool transposed) -> Tensor");
   m.def("copy_(Tensor(a!)[] dsts, Tensor[] srcs) -> ()");
   m.def("undo_restore_(Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets) -> ()");
   m.def("checksum(Tensor[] tensors) -> Tensor");
@@ -425,11 +299,6 @@ STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("has_tiles", TORCH_BOX(&ttt_fast::has_tiles));
   m.impl("is_intel", TORCH_BOX(&ttt_fast::is_intel));
   m.impl("nll_", TORCH_BOX(&ttt_fast::nll_));
-  m.impl("rms_norm", TORCH_BOX(&ttt_fast::rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&ttt_fast::rms_norm_backward));
-  m.impl("glu", TORCH_BOX(&ttt_fast::glu));
-  m.impl("glu_backward", TORCH_BOX(&ttt_fast::glu_backward));
-  m.impl("rotary", TORCH_BOX(&ttt_fast::rotary));
   m.impl("copy_", TORCH_BOX(&ttt_fast::copy_));
   m.impl("undo_restore_", TORCH_BOX(&ttt_fast::undo_restore_));
   m.impl("checksum", TORCH_BOX(&ttt_fast::checksum));

@@ -118,10 +118,10 @@ def test_tokens_without_a_label_need_no_logits():
 
 
 def test_padding_is_planned_with():
-    """Its mask makes attention keep keys and values of each head."""
+    """Its mask makes stock attention keep keys and values of each head."""
     model = tiny_model("llama", attn_implementation="sdpa")
     prompts = [prompt_ids(n)[0] for n in (30, 40)]
-    options = dict(scope="ffn", checkpointing=False)
+    options = dict(scope="ffn", checkpointing=False, backend="torch")
     plan = trainer_of(model, "factored", **options).plan
     even, padded = (plan(2, 40, padded=each).predicted_bytes["factored"] for each in (False, True))
     assert even < padded

@@ -70,6 +70,11 @@ def arguments_of(name: str) -> tuple[tuple, dict]:
     if name == "rotary":
         x, angles = torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(2, 1, 5, 6)
         return (x, *angles), {"transposed": True}
+    if name == "attention_backward":
+        dy, q = torch.randn(2, 2, 3, 4, 8).transpose(2, 3)
+        k, v = torch.randn(2, 2, 5, 2, 8).transpose(2, 3)
+        mask = torch.rand(2, 1, 3, 5) < 0.5
+        return (dy, q, k, v, mask), {"scale": 0.3, "causal": False}
     if name == "nll_":
         return (torch.randn(5, 7), torch.tensor([0, 6, -100, 3, 3])), {"ignore_index": -100}
     return (case.grads,), {}

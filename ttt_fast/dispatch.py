@@ -97,6 +97,10 @@ SCHEMAS: dict[str, OpSchema] = {
     "rotary": OpSchema(
         "Tensor x, Tensor cos, Tensor sin, *, bool transposed", "Tensor", backends=_NOT_CUDA
     ),
+    "attention_backward": OpSchema(
+        "Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? mask, *, float scale, bool causal",
+        "(Tensor, Tensor, Tensor)", backends=("torch", "cpp"),
+    ),
     "copy_": OpSchema("Tensor(a!)[] dsts, Tensor[] srcs", mutated=("dsts",)),
     "undo_restore_": OpSchema(
         "Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets", mutated=("params",)
@@ -239,6 +243,21 @@ def _glu_backward_fake(
 @torch.library.register_fake("ttt_fast::rotary", lib=_LIBRARY)
 def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool, backend: str) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("ttt_fast::attention_backward", lib=_LIBRARY)
+def _attention_backward_fake(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return tuple(q.new_empty([x.shape[i] for i in (0, 2, 1, 3)]).transpose(1, 2) for x in (q, k, v))
 
 
 @torch.library.register_fake("ttt_fast::checksum", lib=_LIBRARY)

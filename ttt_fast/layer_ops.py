@@ -1,4 +1,4 @@
-"""The ops of a model's layers: norms, gated units, rotary positions, with their gradients.
+"""The ops of a model's layers: norms, gated units, rotary positions, attention; their gradients.
 
 What :mod:`ttt_fast.ops` says of its tensors holds here; callers find these ops there, too.
 """
@@ -194,4 +194,64 @@ def rotary(
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
     return torch.ops.ttt_fast.rotary(
         x, cos, sin, transposed=transposed, backend=choose("rotary", x.device.type, backend)
+    )
+
+
+@torch.no_grad()
+def attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention,  y = P v  with  P = softmax(scale · q kᵀ + mask),  at q, k and v.
+
+        dq = dS k,   dk = dSᵀ q,   dv = Pᵀ dy,   dS = scale · P ∘ (dP − Σ P ∘ dP),   dP = dy vᵀ
+
+    P is computed again, so that q, k and v are all that needs to be kept (Dao et al., 2022, whose
+    statistics of the forward this does not need). Arithmetic is in the compute type whatever the
+    dtype; each gradient is rounded once. A query that attends to no key has P = 0. The forward is
+    ``torch.nn.functional.scaled_dot_product_attention``, and on a GPU so is the backward.
+
+    Args:
+        dy: (B, H, T, D), the gradient at y.
+        q: (B, H, T, D).
+        k: (B, G, S, D), G a divisor of H: query head h attends to head h // (H / G).
+        v: (B, G, S, D).
+        mask: (B or 1, H or 1, T or 1, S), of bool (True: attended to), or of the dtype of q (added
+            to the scores); None for none.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        causal: query i attends to keys 0 to i only.
+        backend: "auto", "torch" or "cpp".
+
+    Returns:
+        dq, dk and dv, of the shapes of q, k and v, in the order of memory of (B, T, H, D), as
+        projections have it.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    op, queries, keys = "attention_backward", ("B", "H", "T", "D"), ("B", "G", "S", "D")
+    sizes: dict[str, int] = {}
+    given = [("q", q, queries), ("dy", dy, queries), ("k", k, keys), ("v", v, keys)]
+    check_factors(op, q, [(*each, ()) for each in given], sizes)
+    if not sizes["G"] or not sizes["H"] or sizes["H"] % sizes["G"]:
+        raise ValueError(
+            f"{op}: q has {sizes['H']} heads and k {sizes['G']}; give k a divisor of those of q."
+        )
+    if mask is not None:
+        axes = tuple(
+            "1" if size == 1 and axis != "S" else axis
+            for axis, size in zip("BHTS", mask.shape, strict=False)
+        )
+        axes = axes if mask.dim() == 4 else tuple("BHTS")
+        check_factors(op, q, [("mask", mask, axes, (torch.bool, q.dtype))], sizes | {"1": 1})
+    rows = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dy, q, k, v, mask))
+    return torch.ops.ttt_fast.attention_backward(
+        *rows, scale=scale, causal=causal, backend=choose(op, q.device.type, backend)
     )

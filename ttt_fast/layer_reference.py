@@ -1,4 +1,4 @@
-"""The pieces of a model's layers in plain torch: norms, gated units, rotary positions.
+"""The pieces of a model's layers in plain torch: norms, gated units, rotary, attention.
 
 What :mod:`ttt_fast.reference` says of arithmetic holds here; callers find these functions there,
 too.
@@ -89,3 +89,46 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> 
     y[..., :turned] = _rounded(parts * c, cos.dtype, True) + _rounded(partners * s, cos.dtype, True)
     y[..., turned:] = x[..., turned:]
     return y
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`ttt_fast.ops.attention_backward`."""
+    wide, group = compute_dtype(q.dtype), q.shape[1] // k.shape[1]
+    dy, q = dy.to(wide), q.to(wide)
+    keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
+    scores = scale * (q @ keys.mT)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask.to(wide)
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    # Who attends to nothing has probabilities 0.
+    alone = (scores == -torch.inf).all(-1, keepdim=True)
+    p = scores.softmax(-1).masked_fill(alone, 0)
+    dp = dy @ values.mT
+    dscores = scale * (p * (dp - (p * dp).sum(-1, keepdim=True)))
+    by_head = dscores @ keys, dscores.mT @ q, p.mT @ dy
+    shapes = q.shape, k.shape, v.shape
+    return tuple(
+        _as_projections_have_it(x.unflatten(1, (shape[1], -1)).sum(2), k.dtype)
+        for x, shape in zip(by_head, shapes, strict=True)
+    )
+
+
+def _as_projections_have_it(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Heads (B, H, T, D) in the order of memory of (B, T, H, D)."""
+    return x.transpose(1, 2).to(dtype).contiguous().transpose(1, 2)

@@ -22,7 +22,14 @@ from ttt_fast.dispatch import (
     implementation,
 )
 from ttt_fast.factor_ops import delta_linear, gram_norm, gram_norms, rank_update_
-from ttt_fast.layer_ops import glu, glu_backward, rms_norm, rms_norm_backward, rotary
+from ttt_fast.layer_ops import (
+    attention_backward,
+    glu,
+    glu_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotary,
+)
 from ttt_fast.op_checks import (
     ROUNDINGS,
     check_clip,
@@ -35,9 +42,10 @@ from ttt_fast.op_checks import (
 from ttt_fast.undo import UndoLog
 
 __all__ = [
-    "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "backend_for", "checksum", "copy_", "delta_linear",
-    "glu", "glu_backward", "grad_norm", "gram_norm", "gram_norms", "implementation", "nll_",
-    "rank_sgd_", "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
+    "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "attention_backward", "backend_for", "checksum",
+    "copy_", "delta_linear", "glu", "glu_backward", "grad_norm", "gram_norm", "gram_norms",
+    "implementation", "nll_", "rank_sgd_", "rank_update_", "rms_norm", "rms_norm_backward",
+    "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 

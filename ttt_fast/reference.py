@@ -17,13 +17,20 @@ from torch.optim.adamw import adamw as _torch_adamw
 from torch.optim.sgd import sgd as _torch_sgd
 
 from ttt_fast.factor_reference import delta_linear, gram_norm, gram_norms, rank_update_
-from ttt_fast.layer_reference import glu, glu_backward, rms_norm, rms_norm_backward, rotary
+from ttt_fast.layer_reference import (
+    attention_backward,
+    glu,
+    glu_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotary,
+)
 from ttt_fast.rounding import GOLDEN64, MASK32, compute_dtype, random_bits, round_stochastic
 
 __all__ = [
-    "adamw_", "checksum", "copy_", "delta_linear", "glu", "glu_backward", "grad_norm", "gram_norm",
-    "gram_norms", "nll_", "rank_sgd_", "rank_update_", "rms_norm", "rms_norm_backward", "rotary",
-    "sgd_", "undo_restore_",
+    "adamw_", "attention_backward", "checksum", "copy_", "delta_linear", "glu", "glu_backward",
+    "grad_norm", "gram_norm", "gram_norms", "nll_", "rank_sgd_", "rank_update_", "rms_norm",
+    "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 # An undo log works on runs of this many elements; a run of which more than a third changed is kept

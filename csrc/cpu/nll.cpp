@@ -7,72 +7,10 @@
 // ttt_fast/reference.py.
 #include <limits>
 
-#include "exponential.h"
+#include "softmax.h"
 
 namespace ttt_fast {
 namespace {
-
-constexpr int64_t kLanes = 64;
-
-template <class C>
-TTT_HOST_DEVICE C maximum_loop(const C* __restrict z, int64_t n) {
-  C lanes[kLanes];
-  for (int64_t k = 0; k < kLanes; ++k) lanes[k] = -std::numeric_limits<C>::infinity();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] = z[i + k] > lanes[k] ? z[i + k] : lanes[k];
-  }
-  for (; i < n; ++i) lanes[0] = z[i] > lanes[0] ? z[i] : lanes[0];
-  C maximum = lanes[0];
-  for (int64_t k = 1; k < kLanes; ++k) maximum = lanes[k] > maximum ? lanes[k] : maximum;
-  return maximum;
-}
-
-template <class C>
-TTT_HOST_DEVICE void exponential_loop(const C* __restrict z, C maximum, int64_t n,
-                                      C* __restrict e) {
-  for (int64_t i = 0; i < n; ++i) e[i] = exponential(z[i] - maximum);
-}
-
-// The number of lanes is fixed, and with it the order of the sum, for every instruction set.
-template <class C>
-TTT_HOST_DEVICE C sum_loop(const C* __restrict e, int64_t n) {
-  C lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += e[i + k];
-  }
-  for (; i < n; ++i) lanes[i % kLanes] += e[i];
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  }
-  return lanes[0];
-}
-
-// Small values become 0 before the product, which then makes no denormal.
-template <class C>
-TTT_HOST_DEVICE void scale_loop(const C* __restrict e, C smallest, C factor, int64_t n,
-                                C* __restrict p) {
-  for (int64_t i = 0; i < n; ++i) p[i] = (e[i] < smallest ? C(0) : e[i]) * factor;
-}
-
-// target_clones does not take templates, hence one function for each type.
-TTT_CLONES float maximum(const float* z, int64_t n) { return maximum_loop(z, n); }
-TTT_CLONES double maximum(const double* z, int64_t n) { return maximum_loop(z, n); }
-TTT_CLONES void exponentials(const float* z, float maximum, int64_t n, float* e) {
-  exponential_loop(z, maximum, n, e);
-}
-TTT_CLONES void exponentials(const double* z, double maximum, int64_t n, double* e) {
-  exponential_loop(z, maximum, n, e);
-}
-TTT_CLONES float sum(const float* e, int64_t n) { return sum_loop(e, n); }
-TTT_CLONES double sum(const double* e, int64_t n) { return sum_loop(e, n); }
-TTT_CLONES void scale(const float* e, float smallest, float factor, int64_t n, float* p) {
-  scale_loop(e, smallest, factor, n, p);
-}
-TTT_CLONES void scale(const double* e, double smallest, double factor, int64_t n, double* p) {
-  scale_loop(e, smallest, factor, n, p);
-}
 
 template <class C>
 struct RowBlocks {

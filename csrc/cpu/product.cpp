@@ -7,12 +7,13 @@
 // measured: bytes are those of W, a and d once, of y and the copy once or twice; an element of W
 // takes part in as many products as x has rows, so that memory bounds few rows, arithmetic many.
 // Reference: delta_linear in ttt_fast/factor_reference.py.
+#include "product.h"
+
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <type_traits>
 
-#include "ahead.h"
 #include "tiles.h"
 
 // Sums of products need not round as another place does; fused they take half the instructions.
@@ -76,10 +77,10 @@ TTT_HOST_DEVICE void dot(const C* x, int64_t ldx, int64_t tokens, const W* w, in
   }
 }
 
-// y[t][0 .. V vectors) = [y[t][0 .. V vectors) +] sum over k < depth of x[t][k] w[k][0 .. V
+// y[t][0 .. V vectors) = [y[t][0 .. V vectors) +] sum over k < depth of x(t, k) w[k][0 .. V
 // vectors).
 template <class C, class W, int kBytes, int T, int V>
-TTT_HOST_DEVICE void axpys(const C* x, int64_t ldx, const W* w, int64_t ldw, int64_t depth, C* y,
+TTT_HOST_DEVICE void axpys(Strided<const C> x, const W* w, int64_t ldw, int64_t depth, C* y,
                            int64_t ldy, bool add, Ahead<W>& ahead) {
   using S = Simd<C, kBytes>;
   typename S::Vector sums[T][V] = {};
@@ -90,7 +91,7 @@ TTT_HOST_DEVICE void axpys(const C* x, int64_t ldx, const W* w, int64_t ldw, int
     for (int v = 0; v < V; ++v) row[v] = S::load(w + k * ldw + v * S::kLanes);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const C factor = x[t * ldx + k];
+      const C factor = *x.at(t, k);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sums[t][v] += factor * row[v];
     }
@@ -170,7 +171,7 @@ TTT_HOST_DEVICE void span_by_rows(Matrix<const C> x, int64_t tokens, int64_t n, 
 // y (tokens, columns) = [y +] x (tokens, depth) w (depth, columns); `next` rows of W are needed
 // after these.
 template <class C, class W, int kBytes, int kMost>
-TTT_HOST_DEVICE void span_by_columns(Matrix<const C> x, int64_t tokens, int64_t depth,
+TTT_HOST_DEVICE void span_by_columns(Strided<const C> x, int64_t tokens, int64_t depth,
                                      Matrix<const W> w, int64_t columns, int64_t next, Matrix<C> y,
                                      bool add) {
   constexpr int64_t kLanes = Simd<C, kBytes>::kLanes;
@@ -179,14 +180,14 @@ TTT_HOST_DEVICE void span_by_columns(Matrix<const C> x, int64_t tokens, int64_t 
   int64_t c = 0;
   for (; c + kVectors * kLanes <= columns; c += kVectors * kLanes) {
     for_tokens<kMost>(tokens, [&](int64_t t, auto T) TTT_LAMBDA {
-      axpys<C, W, kBytes, T(), kVectors>(x.at(t, 0), x.stride, w.at(0, c), w.stride, depth,
-                                         y.at(t, c), y.stride, add, ahead);
+      axpys<C, W, kBytes, T(), kVectors>(x.from(t, 0), w.at(0, c), w.stride, depth, y.at(t, c),
+                                         y.stride, add, ahead);
     });
   }
   for (; c + kLanes <= columns; c += kLanes) {
     for_tokens<kMost>(tokens, [&](int64_t t, auto T) TTT_LAMBDA {
-      axpys<C, W, kBytes, T(), 1>(x.at(t, 0), x.stride, w.at(0, c), w.stride, depth, y.at(t, c),
-                                  y.stride, add, ahead);
+      axpys<C, W, kBytes, T(), 1>(x.from(t, 0), w.at(0, c), w.stride, depth, y.at(t, c), y.stride,
+                                  add, ahead);
     });
   }
   for (; c < columns; ++c) {
@@ -212,13 +213,13 @@ TTT_HOST_DEVICE void product_by_rows(Matrix<const C> x, int64_t tokens, int64_t 
 
 // y (tokens, columns) = [y +] x (tokens, n) w (n, columns)
 template <class C, class W, int kBytes, int kMost>
-TTT_HOST_DEVICE void product_by_columns(Matrix<const C> x, int64_t tokens, int64_t n,
+TTT_HOST_DEVICE void product_by_columns(Strided<const C> x, int64_t tokens, int64_t n,
                                         Matrix<const W> w, int64_t columns, Matrix<C> y, bool add) {
   int64_t k = 0;
   do {
     const int64_t depth = std::min(kDepth, n - k), next = std::min(kDepth, n - k - depth);
-    span_by_columns<C, W, kBytes, kMost>({x.at(0, k), x.stride}, tokens, depth,
-                                         {w.at(k, 0), w.stride}, columns, next, y, add || k > 0);
+    span_by_columns<C, W, kBytes, kMost>(x.from(0, k), tokens, depth, {w.at(k, 0), w.stride},
+                                         columns, next, y, add || k > 0);
     k += kDepth;
   } while (k < n);
 }
@@ -230,7 +231,7 @@ TTT_HOST_DEVICE void product_by_columns(Matrix<const C> x, int64_t tokens, int64
                       int64_t rows, int64_t more, Matrix<C> y) {                                \
     product_by_rows<C, W, bytes, registers == 32 ? 6 : 2>(x, tokens, n, w, rows, more, y);      \
   }                                                                                             \
-  target void by_columns(Matrix<const C> x, int64_t tokens, int64_t n, Matrix<const W> w,       \
+  target void by_columns(Strided<const C> x, int64_t tokens, int64_t n, Matrix<const W> w,      \
                          int64_t columns, Matrix<C> y, bool add) {                              \
     product_by_columns<C, W, bytes, registers == 32 ? 6 : 2>(x, tokens, n, w, columns, y, add); \
   }
@@ -310,7 +311,7 @@ struct DeltaLinear {
     if (tiled_x) {
       // Done.
     } else if (call.weight_by_columns) {
-      by_columns(x_of(0), tokens, call.in, {weight + c, stride}, n, block, false);
+      by_columns({x, call.in, 1}, tokens, call.in, {weight + c, stride}, n, block, false);
     } else {
       by_rows(x_of(0), tokens, call.in, {weight + c * stride, stride}, n, end - c - n, block);
     }
@@ -328,7 +329,7 @@ struct DeltaLinear {
     if (has_base) base(c, n, end, block);
     for (int64_t b = 0; b < call.batch && !(has_base && call.rank == 0); ++b) {
       const Matrix<C> h = scores_of(b, 0);
-      by_columns({h.data, h.stride}, call.tokens, call.rank, rows(call.d, b, 0, c), n,
+      by_columns({h.data, h.stride, 1}, call.tokens, call.rank, rows(call.d, b, 0, c), n,
                  {block.at(b * call.tokens, 0), block.stride}, has_base);
     }
     S* const y = static_cast<S*>(call.y) + c;
@@ -380,6 +381,16 @@ struct DeltaLinear {
 };
 
 }  // namespace
+
+void multiply(Strided<const float> x, int64_t rows, int64_t n, Matrix<const float> w,
+              int64_t columns, Matrix<float> y, bool add) {
+  by_columns(x, rows, n, w, columns, y, add);
+}
+
+void multiply(Strided<const double> x, int64_t rows, int64_t n, Matrix<const double> w,
+              int64_t columns, Matrix<double> y, bool add) {
+  by_columns(x, rows, n, w, columns, y, add);
+}
 
 void delta_linear_cpu(const DeltaLinearCall& call) {
   switch (call.dtype) {

@@ -1,10 +1,8 @@
-"""Torch's attention in 16 bits on a CPU, with a backward in float32.
+"""Torch's attention on a CPU, with a backward that needs queries, keys and values alone.
 
-The forward is torch's own, bit for bit. Of its backward in bfloat16 most of the time goes into
-conversions and small products. So queries, keys and values are kept, in their 16 bits, and the
-backward computes the attention once more on float32 copies of them. Its gradients are the more
-exact ones. A layer of SmolLM2 on a Xeon with AMX, 2 threads: 0.31 ms at 20 tokens where torch's
-backward takes 0.56, 0.62 at 64 (1.02), but 3.8 at 256 (3.1).
+The forward is torch's own, bit for bit. Its backward keeps the result, too, and in 16 bits spends
+most of its time in conversions and small products; :func:`ops.attention_backward` does neither, and
+its gradients are the more exact ones.
 """
 
 from __future__ import annotations
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NARROW = (torch.bfloat16, torch.float16)
+from ttt_fast.op_checks import DTYPES
+
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -28,10 +27,13 @@ class Interfaces:
     Args:
         own: those of the file, by name.
         own_code: whether to leave an input to torch's own backward.
+        backward: the op ``attention_backward``.
     """
 
-    def __init__(self, own: Any, own_code: Callable[[Tensor], bool]) -> None:
-        self._own, self._own_code = own, own_code
+    def __init__(
+        self, own: Any, own_code: Callable[[Tensor], bool], backward: Callable[..., Any]
+    ) -> None:
+        self._own, self._own_code, self._backward = own, own_code, backward
 
     def __getitem__(self, name: str) -> Attention:
         return self._found(self._own[name])
@@ -46,7 +48,7 @@ class Interfaces:
     def _found(self, function: Attention) -> Attention:
         if function is not _stock():
             return function  # somebody's own, whatever its name
-        return partial(_attend, function, self._own_code)
+        return partial(_attend, function, self._own_code, self._backward)
 
 
 @remember
@@ -60,6 +62,7 @@ def _stock() -> Attention:
 def _attend(
     stock: Attention,
     own_code: Callable[[Tensor], bool],
+    backward: Callable[..., Any],
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -71,44 +74,68 @@ def _attend(
     states = query, key, value
     if not _takes(states, attention_mask, options) or any(map(own_code, states)):
         return stock(module, query, key, value, attention_mask, **options)
-    run = partial(stock, module, **options)
-    return _Attention.apply(query, key, value, attention_mask, run), None
+    # As the stock function reads its arguments.
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    scale = options.get("scaling")
+    run = partial(
+        backward,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+    )
+    forward = partial(stock, module, **options)
+    return _Attention.apply(query, key, value, attention_mask, forward, run), None
 
 
-def _takes(
-    states: tuple[Tensor, ...], attention_mask: Tensor | None, options: dict[str, Any]
-) -> bool:
-    dtype = states[0].dtype
-    if dtype not in NARROW or not all(x.is_cpu and x.dtype == dtype for x in states):
-        return False
+def _takes(states: tuple[Tensor, ...], mask: Tensor | None, options: dict[str, Any]) -> bool:
+    query, key, value = states
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    # The backward is of queries, keys and values alone, and computes the same once more.
-    others = [attention_mask, *options.values()]
-    moved = any(isinstance(t, Tensor) and t.requires_grad for t in others)
-    same = not options.get("dropout") and options.get("cache") is None
-    return same and not moved and any(x.requires_grad for x in states)
+    usual = query.dtype in DTYPES and all(x.is_cpu and x.dtype == query.dtype for x in states)
+    heads = query.dim() == key.dim() == 4 and key.shape == value.shape and key.shape[1] > 0
+    if not (usual and heads and query.shape[1] % key.shape[1] == 0):
+        return False
+    if mask is not None and not _takes_mask(mask, query, key):
+        return False
+    # What the backward does not know.
+    if options.get("dropout") or any(
+        options.get(n) is not None for n in ("cache", "position_bias")
+    ):
+        return False
+    return any(x.requires_grad for x in states)
+
+
+def _takes_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask is one of :func:`ops.attention_backward`, and learns nothing."""
+    whole = (*query.shape[:3], key.shape[2])
+    fits = mask.dim() == 4 and mask.shape[-1] == whole[-1]
+    fits = fits and all(n in (1, m) for n, m in zip(mask.shape, whole, strict=True))
+    return fits and mask.dtype in (torch.bool, query.dtype) and not mask.requires_grad
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, run: Attention
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        forward: Attention,
+        backward: Callable[..., Any],
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
-        ctx.run = run
-        return run(query, key, value, mask)[0]
+        ctx.run = backward
+        return forward(query, key, value, mask)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *narrow, mask = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        wide = [x.float().requires_grad_(n) for x, n in zip(narrow, needed, strict=True)]
-        if mask is not None and mask.is_floating_point():
-            mask = mask.float()
-        with torch.enable_grad():
-            y = ctx.run(*wide, mask)[0]
-        asked = [x for x in wide if x.requires_grad]
-        found = iter(torch.autograd.grad(y, asked, dy.float()))
-        return *(next(found).to(dy.dtype) if n else None for n in needed), None, None
+        # Heads before tokens, which the interface has the other way round.
+        found = ctx.run(*map(_with_rows, (dy.transpose(1, 2), *ctx.saved_tensors)))
+        needed = zip(found, ctx.needs_input_grad, strict=False)
+        return *(d if n else None for d, n in needed), None, None, None
+
+
+def _with_rows(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()

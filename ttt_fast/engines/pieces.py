@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ttt_fast import ops, reference
-from ttt_fast.engines.attention import NARROW, Interfaces
+from ttt_fast.engines.attention import Interfaces
 from ttt_fast.engines.products import linear, most_rows
 from ttt_fast.op_checks import DTYPES
 from ttt_fast.rounding import compute_dtype
@@ -165,11 +165,15 @@ def rotary_of(module: nn.Module, backend: str) -> Rotary | None:
     return Rotary(name in _TURN_PART, name in _TURN_WIDE, functions[1], *found)
 
 
-def attends_wide(module: nn.Module, implementation: str | None, backend: str) -> bool:
-    """Whether the backward of an attention is in float32: torch's, in 16 bits on a CPU."""
-    param = next(module.parameters())
-    narrow = param.dtype in NARROW and param.device.type in ("cpu", "meta")
-    return narrow and implementation == "sdpa" and rotary_of(module, backend) is not None
+def attends_again(module: nn.Module, implementation: str | None, backend: str) -> bool:
+    """Whether the backward of an attention computes it again, from what it was given."""
+    usual = implementation == "sdpa" and next(module.parameters()).dtype in DTYPES
+    return usual and all(of(module, backend) for of in (rotary_of, _attention_backward_of))
+
+
+def _attention_backward_of(module: nn.Module, backend: str) -> Callable[..., Any] | None:
+    found = _fused(module, backend, "attention_backward")
+    return None if found is None else found[0]
 
 
 def linear_of(module: nn.Module, backend: str) -> Callable[..., Tensor] | None:
@@ -332,8 +336,7 @@ class GluPiece(_Piece):
 class AttentionPiece(_Piece):
     """An attention whose queries and keys are turned by one op; the rest is its own code.
 
-    But for torch's attention in 16 bits on a CPU, of which the backward is in float32
-    (:mod:`ttt_fast.engines.attention`).
+    But for torch's attention on a CPU, whose backward is ours (:mod:`ttt_fast.engines.attention`).
 
     Its forward is that of its class with globals of its own: those of the class's file, but for the
     function that turns and those that attend, as they are when the piece is made. So neither the
@@ -346,13 +349,14 @@ class AttentionPiece(_Piece):
         module: nn.Module,
         arithmetic: Rotary,
         own_code: Callable[[Tensor], bool],
+        backward: Callable[..., Any] | None,
     ) -> None:
         super().__init__(name, module, arithmetic, own_code)
         own = type(module).forward
         # Nothing that refers to this piece: it would be a cycle, and keep what own_code belongs to.
         shared = own.__globals__ | {_ROTARY: partial(_turned, arithmetic, own_code)}
-        if _ATTENTIONS in shared:
-            shared[_ATTENTIONS] = Interfaces(shared[_ATTENTIONS], own_code)
+        if _ATTENTIONS in shared and backward is not None:
+            shared[_ATTENTIONS] = Interfaces(shared[_ATTENTIONS], own_code, backward)
         forward = FunctionType(
             own.__code__, shared, own.__name__, own.__defaults__, own.__closure__
         )
@@ -401,12 +405,15 @@ def pieces_of(
     """
     for name, module in model.named_modules():
         for known, piece in (
-            (rms_norm_of, NormPiece), (glu_of, GluPiece), (rotary_of, AttentionPiece),
-            (linear_of, LinearPiece),
+            (rms_norm_of, NormPiece), (glu_of, GluPiece), (linear_of, LinearPiece)
         ):  # fmt: skip
             arithmetic = known(module, backend)
             if arithmetic is not None:
                 yield piece(name, module, arithmetic, own_code)
+        rotary = rotary_of(module, backend)
+        if rotary is not None:
+            backward = _attention_backward_of(module, backend)
+            yield AttentionPiece(name, module, rotary, own_code, backward)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ttt_fast.batch import text_config
-from ttt_fast.engines.pieces import attends_wide, glu_of, rms_norm_of
+from ttt_fast.engines.pieces import attends_again, glu_of, rms_norm_of
 from ttt_fast.engines.work import Layer
 from ttt_fast.scope import decoder_layers
 from ttt_fast.selection import Selection
@@ -236,7 +236,7 @@ class _Keeping:
         saved = sum(projections)
         if of_one:
             saved += layer.in_ + layer.in_ // groups
-        if not self._stock and attends_wide(parent, self._implementation, self._backend):
+        if not self._stock and attends_again(parent, self._implementation, self._backend):
             return replace(layer, saved=saved)  # and the mask that all layers share
         saved += layer.in_
         copied = kind in _HEADS_FIRST and not self._stock
