@@ -50,7 +50,10 @@ _RANGE = "part: "
 _NODE = "autograd::engine::evaluate_function: "
 _NAMES = {
     "aten::linear": LINEARS,
-    "_FrozenLinear": LINEARS,
+    "_FrozenLinears": LINEARS,
+    "_FrozenMlp": PIECES,
+    "ttt_fast_cpp::delta_linear": LINEARS,
+    "aten::addmm_": LINEARS,
     "_Linear": ADAPTED,
     "_Lookup": DELTAS,
     "aten::embedding_dense_backward": DELTAS,
@@ -58,6 +61,7 @@ _NAMES = {
     "_RmsNorm": PIECES,
     "_Glu": PIECES,
     "_Rotary": PIECES,
+    "_Attention": ATTENTION,
     "aten::scaled_dot_product_attention": ATTENTION,
     "Optimizer.step#SGD.step": UPDATE,
     "Optimizer.zero_grad#SGD.zero_grad": UPDATE,

@@ -12,7 +12,8 @@ from tests.families import tiny_model
 from tests.loops import prompt_ids, twin
 from tests.untouched import IDS, STEPS, Boom, lived_in, look, unchanged
 from ttt_fast import Batch, DivergedError, negative_log_likelihood, ops
-from ttt_fast.engines.pieces import GluPiece, LinearPiece, NormPiece
+from ttt_fast.engines.frozen import LinearPiece
+from ttt_fast.engines.pieces import GluPiece, NormPiece
 
 PROMPTS = [prompt_ids(n, seed=n)[0] for n in (6, 3, 8)]
 

@@ -30,8 +30,8 @@ from torch.nn.modules import module as torch_module
 
 from ttt_fast import placement
 from ttt_fast.batch import IGNORE_INDEX, Batch, text_config
+from ttt_fast.engines.frozen import is_watched, stand_in_of
 from ttt_fast.engines.head_kinds import Asked, FrozenHead
-from ttt_fast.engines.pieces import LinearPiece
 from ttt_fast.objective import next_tokens, reduce_rows, row_losses, token_scale
 from ttt_fast.op_checks import DTYPES
 from ttt_fast.rounding import compute_dtype
@@ -227,12 +227,12 @@ class OutputHead:
             if any(param.requires_grad for param in module.parameters()):
                 return False
         found, own = vars(module).get("forward"), self._head.stand_in(recording)
-        if own is None and isinstance(getattr(found, "__self__", None), LinearPiece):
+        if own is None and stand_in_of(module) is not None:
             own = found  # it computes what the head does
         return found == own and not (
             module._forward_pre_hooks
-            or _is_watched(module)
-            or any("forward" in vars(each) or _is_watched(each) for each in self._around)
+            or is_watched(module)
+            or any("forward" in vars(each) or is_watched(each) for each in self._around)
         )
 
 
@@ -272,15 +272,3 @@ def _around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
     (name,) = [name for name, module in model.named_modules() if module is head]
     parts = name.split(".")[:-1]
     return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether someone is called with what the module gives, or it is compiled."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return bool(
-        compiled
-        or hasattr(module, "_orig_mod")
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

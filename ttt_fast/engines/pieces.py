@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from ttt_fast import ops, reference
 from ttt_fast.engines.attention import Interfaces
-from ttt_fast.engines.products import linear, most_rows
+from ttt_fast.engines.frozen import LinearPiece, SameInput, frozen_mlp
+from ttt_fast.engines.products import most_rows
 from ttt_fast.op_checks import DTYPES
 from ttt_fast.rounding import compute_dtype
 
@@ -44,7 +45,9 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 # Their forward calls this function of their own file: x ∘ cos + rotate_half(x) ∘ sin of queries and
 # keys; of the first columns, as many as there are angles; and with angles in float32.
 _ROTARY = "apply_rotary_pos_emb"
-# And one of these.
+# And, where they have them, these on the same tensor.
+_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+# And one of these functions.
 _ATTENTIONS = "ALL_ATTENTION_FUNCTIONS"
 _TURN_WHOLE = frozenset({
     "Gemma2Attention", "Gemma3Attention", "GemmaAttention", "GraniteAttention", "LlamaAttention",
@@ -177,7 +180,7 @@ def _attention_backward_of(module: nn.Module, backend: str) -> Callable[..., Any
 
 
 def linear_of(module: nn.Module, backend: str) -> Callable[..., Tensor] | None:
-    """A plain linear layer's x Wᵀ + b, None where there is no faster product than torch's."""
+    """The product for a plain linear layer, None where there is no faster one than torch's."""
     known = (
         type(module).forward is nn.Linear.forward
         and {"weight", "bias"} <= set(module._parameters)
@@ -185,7 +188,7 @@ def linear_of(module: nn.Module, backend: str) -> Callable[..., Tensor] | None:
         and most_rows(module.weight.dtype) > 0
     )
     found = _fused(module, backend, "delta_linear") if known else None
-    return None if found is None else partial(_linear, *found)
+    return None if found is None else found[0]
 
 
 def _fused(module: nn.Module, backend: str, *names: str) -> list[Callable[..., Any]] | None:
@@ -195,12 +198,6 @@ def _fused(module: nn.Module, backend: str, *names: str) -> list[Callable[..., A
     found = [ops.implementation(name, device, backend) for name in names]
     plain = any(run is getattr(reference, name) for name, run in zip(names, found, strict=True))
     return None if plain else found
-
-
-def _linear(
-    product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _FrozenLinear.apply(x, weight, bias, product)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -263,23 +260,6 @@ class _Rotary(torch.autograd.Function):
         return *back, None, None, None
 
 
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Callable[..., Tensor]
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.product = product
-        y = linear(x, weight, product)
-        return y if bias is None else y.add_(bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return linear(dy, weight.t(), ctx.product), None, None, None
-
-
 def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
     """y, to autograd no view: a model may write into what it gets."""
     return y if y.shape == x.shape else torch.ops.aten._unsafe_view(y, x.shape)
@@ -322,13 +302,16 @@ class NormPiece(_Piece):
 
 
 class GluPiece(_Piece):
-    """A gated MLP; its linears are called as they are."""
+    """A gated MLP; its linears are called as they are, unless all of it is computed here."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's forward, in the dtype of x."""
         module = self.module
         if self._own_code(x):
             return type(module).forward(module, x)
+        whole = frozen_mlp(module, self._arithmetic, x)
+        if whole is not None:
+            return whole
         gate, up = module.gate_proj(x), module.up_proj(x)
         return module.down_proj(self._arithmetic(gate.contiguous(), up.contiguous()))
 
@@ -376,20 +359,6 @@ def _turned(
     return turn(q, k, *more, **options)
 
 
-class LinearPiece(_Piece):
-    """A linear layer that does not train: x is not kept, and W is read as it lies."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The module's forward, in the dtype of x."""
-        module = self.module
-        weight, bias = module.weight, module.bias
-        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        cast = x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
-        if trains or cast or self._own_code(x):
-            return type(module).forward(module, x)
-        return self._arithmetic(x, weight, bias)
-
-
 Piece = NormPiece | GluPiece | AttentionPiece | LinearPiece
 
 
@@ -403,10 +372,9 @@ def pieces_of(
         backend: a setting for all ops.
         own_code: whether to leave an input to the modules' own code.
     """
+    beside: dict[int, SameInput] = {}
     for name, module in model.named_modules():
-        for known, piece in (
-            (rms_norm_of, NormPiece), (glu_of, GluPiece), (linear_of, LinearPiece)
-        ):  # fmt: skip
+        for known, piece in ((rms_norm_of, NormPiece), (glu_of, GluPiece)):
             arithmetic = known(module, backend)
             if arithmetic is not None:
                 yield piece(name, module, arithmetic, own_code)
@@ -414,6 +382,12 @@ def pieces_of(
         if rotary is not None:
             backward = _attention_backward_of(module, backend)
             yield AttentionPiece(name, module, rotary, own_code, backward)
+            same = SameInput()
+            children = (getattr(module, name, None) for name in _ATTENTION_INPUTS)
+            beside |= {id(child): same for child in children if child is not None}
+        product = linear_of(module, backend)
+        if product is not None:
+            yield LinearPiece(name, module, product, own_code, beside.get(id(module)))
 
 
 @contextmanager
@@ -424,8 +398,10 @@ def standing_in(pieces: Iterable[Piece]) -> Iterator[None]:
         for piece in pieces:
             if "forward" not in vars(piece.module):
                 piece.module.forward = piece.forward
-                taken.append(piece.module)
+                taken.append(piece)
         yield
     finally:
-        for module in taken:
-            vars(module).pop("forward", None)
+        for piece in taken:
+            vars(piece.module).pop("forward", None)
+            if isinstance(piece, LinearPiece):
+                piece.beside.forget()

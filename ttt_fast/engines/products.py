@@ -327,8 +327,9 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
 
     Others copy W into another order first. Measured on SmolLM2's shapes, weights not in the cache:
     on an EPYC (Zen 4) torch's take 1.3 to 2 times as long at 20 to 64 rows and as long at 320; on a
-    Xeon with AMX 1.2 to 1.7 times at 20 rows and as long at 80. In bfloat16 that Xeon's
-    tiles take 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192, and for x W as long at 64.
+    Xeon with AMX 1.2 to 1.7 times at 20 rows, as long at 64 for x Wᵀ and at 32 for x W. In bfloat16
+    that Xeon's tiles take 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192, and for x W as
+    long at 64.
 
     Args:
         dtype: of x and W.
@@ -341,7 +342,7 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
     if known is None or dtype not in (torch.float32, torch.bfloat16):
         return 0
     if dtype == torch.float32:
-        return 80 if known.is_intel() else 256
+        return 256 if not known.is_intel() else 64 if by_rows else 32
     return 0 if not known.has_tiles() else 192 if by_rows else 64
 
 
@@ -370,6 +371,26 @@ def linear(x: Tensor, weight: Tensor, product: Callable[..., Tensor] | None = No
             return y
     # To autograd no view, so that a model may write into what it gets.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
+
+
+def linear_sum(
+    terms: Sequence[tuple[Tensor, Tensor]], product: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """Return Σ dy W, the gradient at what several linear layers were given.
+
+    Args:
+        terms: dy (..., out) and W (out, in) of each; at least one.
+        product: as for :func:`linear`.
+    """
+    (dy, weight), *others = terms
+    total = linear(dy, weight.t(), product)
+    for dy, weight in others:
+        rows = dy.reshape(-1, dy.shape[-1])
+        if dy.dtype != torch.float32 or reads_as_it_lies(dy, weight.t(), len(rows)):
+            total.add_(linear(dy, weight.t(), product))
+        else:
+            total.view(len(rows), -1).addmm_(rows, weight)
+    return total
 
 
 def reads_as_it_lies(x: Tensor, weight: Tensor, rows: int) -> bool:

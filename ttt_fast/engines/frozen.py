@@ -1,0 +1,182 @@
+"""Linear layers that do not train: nothing of their input is kept, and W is read as it lies.
+
+Layers that are given the same input, and the whole of a gated MLP, are one function for autograd:
+on a short prompt what lies between the products takes as long as they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from ttt_fast.engines.products import linear, linear_sum
+
+Product = Callable[..., Tensor]
+
+
+class LinearPiece:
+    """Stands in for the ``forward`` of a linear layer that does not train.
+
+    Args:
+        name: of the module.
+        module: the layer.
+        product: ``delta_linear``, for few rows.
+        own_code: whether to leave an input to the module's own code.
+        beside: layers that are given the same x one after the other, as far as they stand in.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Linear,
+        product: Product,
+        own_code: Callable[[Tensor], bool],
+        beside: SameInput | None = None,
+    ) -> None:
+        self.name, self.module, self.product = name, module, product
+        self.beside = SameInput() if beside is None else beside
+        self.beside.pieces.append(self)
+        self._own_code = own_code
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's forward, in the dtype of x."""
+        if not self.takes(x):
+            return type(self.module).forward(self.module, x)
+        return self.beside.run(self, x)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the layer is computed here."""
+        weight, bias = self.module.weight, self.module.bias
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        cast = x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
+        return not (trains or cast or self._own_code(x))
+
+
+class SameInput:
+    """Frozen linear layers that a module's code gives the same x: the first call computes all."""
+
+    def __init__(self) -> None:
+        self.pieces: list[LinearPiece] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what nobody asked for."""
+        self._x: Tensor | None = None
+        self._version = 0
+        self._ready: dict[int, Tensor] = {}
+
+    def run(self, piece: LinearPiece, x: Tensor) -> Tensor:
+        """The layer of a piece, which takes x."""
+        if self._x is x and self._version == x._version and id(piece) in self._ready:
+            y = self._ready.pop(id(piece))
+            if not self._ready:
+                self.forget()
+            return y
+        # One that is called again goes on alone: its module's code is not what was expected.
+        alone = self._x is x or x.is_inference()
+        self.forget()
+        pieces = [piece] if alone else [piece, *self._others(piece, x)]
+        y, *others = _FrozenLinears.apply(
+            x,
+            piece.product,
+            *(p.module.weight for p in pieces),
+            *(p.module.bias for p in pieces),
+        )
+        if others:
+            self._x, self._version = x, x._version
+            self._ready = {id(p): other for p, other in zip(pieces[1:], others, strict=True)}
+        return y
+
+    def _others(self, piece: LinearPiece, x: Tensor) -> list[LinearPiece]:
+        return [
+            p for p in self.pieces if p is not piece and stand_in_of(p.module) is p and p.takes(x)
+        ]
+
+
+def stand_in_of(module: nn.Module) -> LinearPiece | None:
+    """What stands in for a linear layer's forward now."""
+    found = getattr(vars(module).get("forward"), "__self__", None)
+    return found if isinstance(found, LinearPiece) else None
+
+
+def frozen_mlp(module: nn.Module, glu: Any, x: Tensor) -> Tensor | None:
+    """A gated MLP whose linear layers do not train and are seen by nobody; None for any other.
+
+    Args:
+        module: with gate_proj, up_proj and down_proj.
+        glu: of :mod:`ttt_fast.engines.pieces`, the activation and its ops.
+        x: (..., in).
+    """
+    layers = module.gate_proj, module.up_proj, module.down_proj
+    for layer in layers:
+        piece = stand_in_of(layer)
+        seen = is_watched(layer) or layer._forward_pre_hooks
+        if piece is None or seen or layer.bias is not None or not piece.takes(x):
+            return None
+    if _has_any_global_hook():
+        return None
+    return _FrozenMlp.apply(x, piece.product, glu, *(layer.weight for layer in layers))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone is called with what the module gives, or it is compiled."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return bool(
+        compiled
+        or hasattr(module, "_orig_mod")
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class _FrozenLinears(torch.autograd.Function):
+    """y = x Wᵀ + b of several layers: their weights, then as many biases."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, product: Product, *weights_and_biases: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        n = len(weights_and_biases) // 2
+        weights, biases = weights_and_biases[:n], weights_and_biases[n:]
+        ctx.save_for_backward(*weights)
+        ctx.product = product
+        ctx.set_materialize_grads(False)
+        found = [linear(x, weight, product) for weight in weights]
+        return tuple(
+            y if bias is None else y.add_(bias) for y, bias in zip(found, biases, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors
+        terms = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
+        dx = linear_sum(terms, ctx.product) if terms else None
+        return dx, *[None] * (1 + 2 * len(weights))
+
+
+class _FrozenMlp(torch.autograd.Function):
+    """y = (act(x Wgᵀ) ∘ (x Wuᵀ)) Wdᵀ; the backward needs the two products with x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, product: Product, glu: Any, gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        gates, ups = linear(x, gate, product), linear(x, up, product)
+        ctx.save_for_backward(gates, ups, gate, up, down)
+        ctx.product, ctx.glu = product, glu
+        return linear(glu.forward(gates, ups, activation=glu.activation), down, product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gates, ups, gate, up, down = ctx.saved_tensors
+        dact = linear(dy, down.t(), ctx.product)
+        dgates, dups = ctx.glu.backward(dact, gates, ups, activation=ctx.glu.activation)
+        return linear_sum([(dgates, gate), (dups, up)], ctx.product), *[None] * 5
