@@ -51,10 +51,16 @@ class LinearPiece:
 
     def takes(self, x: Tensor) -> bool:
         """Whether the layer is computed here."""
-        weight, bias = self.module.weight, self.module.bias
+        weight, bias = self.parameters
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         cast = x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
         return not (trains or cast or self._own_code(x))
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The layer's weight and bias."""
+        own = self.module._parameters  # past getattr of nn.Module, which is slow
+        return own["weight"], own["bias"]
 
 
 class SameInput:
@@ -81,12 +87,8 @@ class SameInput:
         alone = self._x is x or x.is_inference()
         self.forget()
         pieces = [piece] if alone else [piece, *self._others(piece, x)]
-        y, *others = _FrozenLinears.apply(
-            x,
-            piece.product,
-            *(p.module.weight for p in pieces),
-            *(p.module.bias for p in pieces),
-        )
+        weights, biases = zip(*(p.parameters for p in pieces), strict=True)
+        y, *others = _FrozenLinears.apply(x, piece.product, *weights, *biases)
         if others:
             self._x, self._version = x, x._version
             self._ready = {id(p): other for p, other in zip(pieces[1:], others, strict=True)}
@@ -112,15 +114,19 @@ def frozen_mlp(module: nn.Module, glu: Any, x: Tensor) -> Tensor | None:
         glu: of :mod:`ttt_fast.engines.pieces`, the activation and its ops.
         x: (..., in).
     """
-    layers = module.gate_proj, module.up_proj, module.down_proj
-    for layer in layers:
+    weights = []
+    for layer in (module.gate_proj, module.up_proj, module.down_proj):
         piece = stand_in_of(layer)
         seen = is_watched(layer) or layer._forward_pre_hooks
-        if piece is None or seen or layer.bias is not None or not piece.takes(x):
+        if piece is None or seen or not piece.takes(x):
             return None
+        weight, bias = piece.parameters
+        if bias is not None:
+            return None
+        weights.append(weight)
     if _has_any_global_hook():
         return None
-    return _FrozenMlp.apply(x, piece.product, glu, *(layer.weight for layer in layers))
+    return _FrozenMlp.apply(x, piece.product, glu, *weights)
 
 
 def is_watched(module: nn.Module) -> bool:
