@@ -188,7 +188,7 @@ struct AttentionBackward {
   void backward(int64_t b, int64_t h, const KeysValues& of, Scratch& s) const {
     const int64_t at = (b * call.heads + h) * gradient_size();
     const Matrix<C> dk = {&dkeys[at], call.width}, dv = {&dvalues[at], call.width};
-    const int64_t all = seen(call.queries);
+    const int64_t all = call.queries == 0 ? 0 : seen(call.queries);
     for (const Matrix<C>& d : {dk, dv}) std::fill(d.at(all, 0), d.at(call.keys, 0), C(0));
     // From the end, where queries see all keys that any sees: the first block need not add.
     for (int64_t end = call.queries; end > 0; end -= std::min(end, kQueries)) {
