@@ -231,6 +231,16 @@ def test_gradients_in_float64_are_autograds(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_token_has_no_gradient(dtype):
+    weights = [noise(4, 8).to(dtype), noise(6, 8).to(dtype)]
+    x = noise(2, 0, 8).to(dtype).requires_grad_()
+    y = frozen._FrozenLinears.apply(x, None, *weights, None, None)
+    assert [each.shape for each in y] == [(2, 0, 4), (2, 0, 6)]
+    (gradient,) = torch.autograd.grad(sum(each.sum() for each in y), x)
+    assert gradient.shape == x.shape
+
+
 def test_a_layer_that_trains_is_left_out_of_its_group(monkeypatch):
     model = attention_and_mlp()
     layer = model.model.layers[0]

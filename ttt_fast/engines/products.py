@@ -389,7 +389,7 @@ def linear_sum(
         if dy.dtype != torch.float32 or reads_as_it_lies(dy, weight.t(), len(rows)):
             total.add_(linear(dy, weight.t(), product))
         else:
-            total.view(len(rows), -1).addmm_(rows, weight)
+            total.view(len(rows), weight.shape[1]).addmm_(rows, weight)
     return total
 
 
