@@ -189,9 +189,13 @@ def count_functions(monkeypatch):
     return found
 
 
-def attention_and_mlp(family="llama", dtype=torch.float32):
-    """A model of one layer, which computes with stand-ins inside of the block."""
-    return tiny_model(family, dtype, num_hidden_layers=1).requires_grad_(False)
+def attention_and_mlp(family="llama", dtype=torch.float32, **options):
+    """A model of one layer, frozen; its biases are not 0."""
+    model = tiny_model(family, dtype, num_hidden_layers=1, **options).requires_grad_(False)
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            param.copy_(noise(*param.shape))
+    return model
 
 
 def through(model, **options):
@@ -229,6 +233,17 @@ def test_gradients_in_float64_are_autograds(monkeypatch):
     assert torch.autograd.gradcheck(
         lambda x: frozen._FrozenLinears.apply(x, None, *weights[:2], *biases), x
     )
+
+
+def test_an_mlp_with_biases_is_not_one_function(monkeypatch):
+    model = attention_and_mlp(mlp_bias=True)
+    expected = through(model)
+    functions = count_functions(monkeypatch)
+    with standing_in(pieces_of(model, "auto", lambda x: False)):
+        found = through(model)
+    assert sorted(functions) == [1, 1, 1, 1, 1, 3]
+    for mine, stock in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
