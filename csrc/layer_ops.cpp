@@ -196,6 +196,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor q, Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ttt_fast_cpp, m) {
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool round_first) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first) -> "
+      "(Tensor, Tensor)");
   m.def("glu(Tensor gate, Tensor up, *, str activation) -> Tensor");
   m.def("glu_backward(Tensor dy, Tensor gate, Tensor up, *, str activation) -> (Tensor, Tensor)");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, *, bool transposed) -> Tensor");

@@ -280,9 +280,6 @@ STABLE_TORCH_LIBRARY(ttt_fast_cpp, m) {
   m.def("has_tiles() -> bool");
   m.def("is_intel() -> bool");
   m.def("nll_(Tensor(a!) logits, Tensor targets, *, int ignore_index) -> Tensor");
-  m.def(
-      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first) -> "
-      "(Tensor, Tensor)");
   m.def("copy_(Tensor(a!)[] dsts, Tensor[] srcs) -> ()");
   m.def("undo_restore_(Tensor(a!)[] params, Tensor[] undo, int[] undo_offsets) -> ()");
   m.def("checksum(Tensor[] tensors) -> Tensor");

@@ -1,8 +1,8 @@
 """Torch's attention on a CPU, with a backward that needs queries, keys and values alone.
 
-The forward is torch's own, bit for bit. Its backward keeps the result, too, and in 16 bits spends
-most of its time in conversions and small products; :func:`ops.attention_backward` does neither, and
-its gradients are the more exact ones.
+The forward is torch's own, bit for bit. Its backward keeps the result, too, and in 16 bits takes 2
+to 10 times as long as :func:`ops.attention_backward`, whose gradients are the more exact ones (a
+layer of SmolLM2, 20 to 256 tokens, 2 threads of a Xeon with AMX).
 """
 
 from __future__ import annotations
@@ -98,11 +98,8 @@ def _takes(states: tuple[Tensor, ...], mask: Tensor | None, options: dict[str, A
     if mask is not None and not _takes_mask(mask, query, key):
         return False
     # What the backward does not know.
-    if options.get("dropout") or any(
-        options.get(n) is not None for n in ("cache", "position_bias")
-    ):
-        return False
-    return any(x.requires_grad for x in states)
+    other = options.get("cache") is not None or options.get("position_bias") is not None
+    return not (other or options.get("dropout")) and any(x.requires_grad for x in states)
 
 
 def _takes_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
@@ -132,10 +129,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # Heads before tokens, which the interface has the other way round.
-        found = ctx.run(*map(_with_rows, (dy.transpose(1, 2), *ctx.saved_tensors)))
+        found = ctx.run(*map(with_rows, (dy.transpose(1, 2), *ctx.saved_tensors)))
         needed = zip(found, ctx.needs_input_grad, strict=False)
         return *(d if n else None for d, n in needed), None, None, None
 
 
-def _with_rows(x: Tensor | None) -> Tensor | None:
+def with_rows(x: Tensor | None) -> Tensor | None:
+    """Return x, its rows consecutive."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()

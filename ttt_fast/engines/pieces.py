@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ttt_fast import ops, reference
-from ttt_fast.engines.attention import Interfaces
+from ttt_fast.engines.attention import Interfaces, with_rows
 from ttt_fast.engines.frozen import LinearPiece, SameInput, frozen_mlp
 from ttt_fast.engines.products import most_rows
 from ttt_fast.op_checks import DTYPES
@@ -242,8 +242,8 @@ class _Rotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.op = op
         ctx.set_materialize_grads(False)
-        cos, sin = _with_rows(cos), _with_rows(sin)
-        turned = [op(_with_rows(x), cos, sin, transposed=False) for x in (q, k)]
+        cos, sin = with_rows(cos), with_rows(sin)
+        turned = [op(with_rows(x), cos, sin, transposed=False) for x in (q, k)]
         # One function for both is less to pay for each layer, but only what needs it gets one.
         needed = zip(turned, ctx.needs_input_grad, strict=False)
         ctx.mark_non_differentiable(*(y for y, needs_grad in needed if not needs_grad))
@@ -252,9 +252,9 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
-        cos, sin = (_with_rows(t) for t in ctx.saved_tensors)
+        cos, sin = (with_rows(t) for t in ctx.saved_tensors)
         back = [
-            None if dy is None else ctx.op(_with_rows(dy), cos, sin, transposed=True)
+            None if dy is None else ctx.op(with_rows(dy), cos, sin, transposed=True)
             for dy in (dq, dk)
         ]
         return *back, None, None, None
@@ -263,10 +263,6 @@ class _Rotary(torch.autograd.Function):
 def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
     """y, to autograd no view: a model may write into what it gets."""
     return y if y.shape == x.shape else torch.ops.aten._unsafe_view(y, x.shape)
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Piece:
