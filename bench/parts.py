@@ -53,6 +53,8 @@ _NAMES = {
     "_FrozenLinears": LINEARS,
     "_FrozenMlp": PIECES,
     "ttt_fast_cpp::delta_linear": LINEARS,
+    "ttt_fast_cpp::linears": LINEARS,
+    "ttt_fast_cpp::linears_backward": LINEARS,
     "aten::addmm_": LINEARS,
     "_Linear": ADAPTED,
     "_Lookup": DELTAS,

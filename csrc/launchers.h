@@ -66,6 +66,22 @@ struct DeltaLinearCall {
 };
 void delta_linear_cpu(const DeltaLinearCall& call);
 
+// y_i (rows, out_i) = x (rows, in) W_i' of several layers, or dx = sum of dy_i W_i. At least one.
+struct LinearsCall {
+  struct Layer {
+    const void* weight;   // (out, in)
+    int64_t out, stride;  // in elements
+    void* y;              // written; in the backward dy, which is read
+  };
+  int64_t rows, in;
+  Dtype dtype;
+  bool backward;
+  const void* x;  // forward only
+  void* dx;       // backward only
+  std::vector<Layer> layers;
+};
+void linears_cpu(const LinearsCall& call);
+
 // Rows (batch, tokens, width) of one dtype; weight (batch, width), rstd (batch, tokens) and dweight
 // are of the compute type.
 struct RmsNormCall {

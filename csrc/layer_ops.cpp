@@ -191,10 +191,77 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor q, Tenso
   return {dq, dk, dv};
 }
 
+// What forward and backward have in common; given has as many columns as the first W has rows or
+// columns.
+LinearsCall linears_call(const char* op, const Tensor& given, const Tensors& weights, int64_t in) {
+  const View view = describe(given, op, "x", 0, false);
+  STD_TORCH_CHECK(view.dtype == Dtype::F32 || view.dtype == Dtype::BF16 || view.dtype == Dtype::F64,
+                  op, ": tensors must be float32, bfloat16 or float64.");
+  LinearsCall call = {};
+  call.in = in, call.dtype = view.dtype;
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && dense(weight, 1) &&
+                        weight.sizes()[1] == in && weight.scalar_type() == given.scalar_type(),
+                    op, ": weights must be (out, in), their rows consecutive, of one dtype.");
+    call.layers.push_back({weight.data_ptr(), weight.sizes()[0], weight.strides()[0], nullptr});
+  }
+  return call;
+}
+
+// The shape of a tensor but for its last dimension, and its rows.
+Sizes with_columns(const Tensor& t, int64_t columns, int64_t* rows) {
+  Sizes shape;
+  *rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) {
+    shape.push_back(t.sizes()[d]);
+    *rows *= t.sizes()[d];
+  }
+  shape.push_back(columns);
+  return shape;
+}
+
+Tensors linears(Tensor x, Tensors weights) {
+  const char* const op = "linears";
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), op, ": x must be (..., in), contiguous.");
+  LinearsCall call = linears_call(op, x, weights, x.sizes()[x.dim() - 1]);
+  Tensors ys;
+  for (auto& layer : call.layers) {
+    ys.push_back(torch::stable::empty(with_columns(x, layer.out, &call.rows), x.scalar_type()));
+    layer.y = ys.back().data_ptr();
+  }
+  call.x = x.data_ptr();
+  if (!ys.empty()) linears_cpu(call);
+  return ys;
+}
+
+Tensor linears_backward(Tensors dys, Tensors weights) {
+  const char* const op = "linears_backward";
+  STD_TORCH_CHECK(!dys.empty() && dys.size() == weights.size() && weights[0].dim() == 2, op,
+                  ": needs one dy for each of weights, at least one.");
+  LinearsCall call = linears_call(op, dys[0], weights, weights[0].sizes()[1]);
+  const Sizes shape = with_columns(dys[0], call.in, &call.rows);
+  for (size_t i = 0; i < dys.size(); ++i) {
+    const Tensor& dy = dys[i];
+    STD_TORCH_CHECK(dy.is_cpu() && dy.dim() > 0 && dy.is_contiguous() &&
+                        dy.scalar_type() == dys[0].scalar_type() &&
+                        dy.sizes()[dy.dim() - 1] == call.layers[i].out &&
+                        dy.numel() == call.rows * call.layers[i].out,
+                    op,
+                    ": dys must be (..., out), contiguous, of one dtype and as many rows each.");
+    call.layers[i].y = dy.data_ptr();
+  }
+  Tensor dx = torch::stable::empty(shape, dys[0].scalar_type());
+  call.backward = true, call.dx = dx.data_ptr();
+  linears_cpu(call);
+  return dx;
+}
+
 }  // namespace
 }  // namespace ttt_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ttt_fast_cpp, m) {
+  m.def("linears(Tensor x, Tensor[] weights) -> Tensor[]");
+  m.def("linears_backward(Tensor[] dys, Tensor[] weights) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool round_first) -> (Tensor, Tensor)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first) -> "
@@ -208,6 +275,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ttt_fast_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ttt_fast_cpp, CompositeExplicitAutograd, m) {
+  m.impl("linears", TORCH_BOX(&ttt_fast::linears));
+  m.impl("linears_backward", TORCH_BOX(&ttt_fast::linears_backward));
   m.impl("rms_norm", TORCH_BOX(&ttt_fast::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&ttt_fast::rms_norm_backward));
   m.impl("glu", TORCH_BOX(&ttt_fast::glu));

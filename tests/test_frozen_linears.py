@@ -41,7 +41,7 @@ def count_products(monkeypatch):
     for function in (frozen._FrozenLinears, frozen._FrozenMlp):
 
         def spy(*args, real=function.apply):
-            weights.extend(arg for arg in args[2:] if isinstance(arg, Tensor) and arg.dim() == 2)
+            weights.extend(arg for arg in args[1:] if isinstance(arg, Tensor) and arg.dim() == 2)
             return real(*args)
 
         monkeypatch.setattr(function, "apply", spy)
@@ -146,7 +146,7 @@ def test_an_adaptation_is_what_it_is_without_them(engine, scope, some, family, m
     used = {names[id(weight)] for weight in products}
     assert any(some in name for name in used)
     assert used.isdisjoint(s.name for s in select_parameters(model, scope))
-    monkeypatch.setattr(pieces, "linear_of", lambda *_: None)
+    monkeypatch.setattr(pieces, "has_product", lambda *_: False)
     with TTTTrainer(model, config).adapt(rows, deltas="independent") as adapted:
         assert torch.allclose(adapted.losses, losses, rtol=2e-5)
 
@@ -182,7 +182,7 @@ def count_functions(monkeypatch):
     for function, n in ((frozen._FrozenLinears, None), (frozen._FrozenMlp, 3)):
 
         def spy(*args, real=function.apply, n=n):
-            found.append(n or (len(args) - 2) // 2)
+            found.append(n or (len(args) - 1) // 2)
             return real(*args)
 
         monkeypatch.setattr(function, "apply", spy)
@@ -226,12 +226,10 @@ def test_gradients_in_float64_are_autograds(monkeypatch):
     x = noise(2, 5, mlp.gate_proj.in_features).double().requires_grad_()
     arithmetic = pieces.glu_of(mlp, "auto")
     weights = [layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    assert torch.autograd.gradcheck(
-        lambda x: frozen._FrozenMlp.apply(x, None, arithmetic, *weights), x
-    )
+    assert torch.autograd.gradcheck(lambda x: frozen._FrozenMlp.apply(x, arithmetic, *weights), x)
     biases = noise(*weights[0].shape[:1]).double(), None
     assert torch.autograd.gradcheck(
-        lambda x: frozen._FrozenLinears.apply(x, None, *weights[:2], *biases), x
+        lambda x: frozen._FrozenLinears.apply(x, *weights[:2], *biases), x
     )
 
 
@@ -250,7 +248,7 @@ def test_an_mlp_with_biases_is_not_one_function(monkeypatch):
 def test_no_token_has_no_gradient(dtype):
     weights = [noise(4, 8).to(dtype), noise(6, 8).to(dtype)]
     x = noise(2, 0, 8).to(dtype).requires_grad_()
-    y = frozen._FrozenLinears.apply(x, None, *weights, None, None)
+    y = frozen._FrozenLinears.apply(x, *weights, None, None)
     assert [each.shape for each in y] == [(2, 0, 4), (2, 0, 6)]
     (gradient,) = torch.autograd.grad(sum(each.sum() for each in y), x)
     assert gradient.shape == x.shape
@@ -300,7 +298,7 @@ def test_hooks_see_what_they_saw(kind, where, monkeypatch):
 def test_an_input_that_was_changed_between_is_read_anew():
     layers = [frozen_linear(8, 4), frozen_linear(8, 4)]
     same = frozen.SameInput()
-    found = [LinearPiece("", m, None, lambda x: False, same) for m in layers]
+    found = [LinearPiece("", m, lambda x: False, same) for m in layers]
     x = noise(3, 8)
     with standing_in(found):
         layers[0](x)
@@ -318,7 +316,7 @@ def test_nothing_stays_when_the_stand_ins_go():
     """A forward that broke off between queries and values."""
     layers = [frozen_linear(8, 4), frozen_linear(8, 4)]
     same = frozen.SameInput()
-    found = [LinearPiece("", m, None, lambda x: False, same) for m in layers]
+    found = [LinearPiece("", m, lambda x: False, same) for m in layers]
     x = noise(3, 8)
     held = weakref.ref(x)
     with standing_in(found):

@@ -63,6 +63,13 @@ def arguments_of(name: str) -> tuple[tuple, dict]:
     if name == "rms_norm_backward":
         dy, x, rstd = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.rand(2, 5)
         return (dy, x, torch.rand(2, 7), rstd), {"round_first": True}
+    if name == "linears":
+        return (torch.randn(2, 5, 7), [torch.randn(3, 7), torch.randn(4, 7)]), {}
+    if name == "linears_backward":
+        return (
+            [torch.randn(2, 5, 3), torch.randn(2, 5, 4)],
+            [torch.randn(3, 7), torch.randn(4, 7)],
+        ), {}
     if name == "glu":
         return (torch.randn(2, 5), torch.randn(2, 5)), {"activation": "gelu_tanh"}
     if name == "glu_backward":

@@ -89,6 +89,10 @@ SCHEMAS: dict[str, OpSchema] = {
         "Tensor dy, Tensor x, Tensor weight, Tensor rstd, *, bool round_first",
         "(Tensor, Tensor)", backends=_NOT_CUDA,
     ),
+    "linears": OpSchema("Tensor x, Tensor[] weights", "Tensor[]", backends=("torch", "cpp")),
+    "linears_backward": OpSchema(
+        "Tensor[] dys, Tensor[] weights", "Tensor", backends=("torch", "cpp")
+    ),
     "glu": OpSchema("Tensor gate, Tensor up, *, str activation", "Tensor", backends=_NOT_CUDA),
     "glu_backward": OpSchema(
         "Tensor dy, Tensor gate, Tensor up, *, str activation", "(Tensor, Tensor)",
@@ -226,6 +230,18 @@ def _rms_norm_backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, round_first: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
+
+
+@torch.library.register_fake("ttt_fast::linears", lib=_LIBRARY)
+def _linears_fake(x: Tensor, weights: Sequence[Tensor], *, backend: str) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], len(weight))) for weight in weights]
+
+
+@torch.library.register_fake("ttt_fast::linears_backward", lib=_LIBRARY)
+def _linears_backward_fake(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], *, backend: str
+) -> Tensor:
+    return dys[0].new_empty((*dys[0].shape[:-1], weights[0].shape[1]))
 
 
 @torch.library.register_fake("ttt_fast::glu", lib=_LIBRARY)

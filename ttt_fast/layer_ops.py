@@ -1,9 +1,11 @@
-"""The ops of a model's layers: norms, gated units, rotary positions, attention; their gradients.
+"""The ops of a model's layers: norms, linears, gated units, rotary, attention; their gradients.
 
 What :mod:`ttt_fast.ops` says of its tensors holds here; callers find these ops there, too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +85,84 @@ def _rms_norm_backend(op: str, x: Tensor, weight: Tensor, more: list, backend: s
     tensors = [("x", x, ("B", "M", "D"), ()), ("weight", weight, ("B", "D"), wide), *more]
     check_factors(op, x, tensors, {})
     return choose(op, x.device.type, backend)
+
+
+@torch.no_grad()
+def linears(x: Tensor, weights: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor]:
+    """Several linear layers of one input:  y_i = x W_iᵀ,  for few rows of x.
+
+    In the compute type, y rounded once. In C++ W is read as it lies, once, while the next of it is
+    fetched: what a library spends on copying W into another order is worth it only from some 64
+    rows of x on. Queries, keys and values are one call, and so are gate and up.
+
+    Args:
+        x: (..., in).
+        weights: (out, in) each, at least one.
+        backend: "auto", "torch" or "cpp" (all but float16).
+
+    Returns:
+        y of each, (..., out), in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    chosen = _linears_backend("linears", [("x", x, "in")] * len(weights), weights, backend)
+    return torch.ops.ttt_fast.linears(x.contiguous(), _by_rows(weights), backend=chosen)
+
+
+@torch.no_grad()
+def linears_backward(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], *, backend: str = "auto"
+) -> Tensor:
+    """Gradient of :func:`linears` at x:  dx = Σ_i dy_i W_i,  summed in the compute type.
+
+    Args:
+        dys: (..., out) each, the gradients at y.
+        weights: (out, in) each, as many.
+        backend: "auto", "torch" or "cpp" (all but float16).
+
+    Returns:
+        dx, (..., in), in the dtype of dys, rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
+    """
+    op = "linears_backward"
+    if len(dys) != len(weights):
+        raise ValueError(f"{op}: got {len(dys)} dys but {len(weights)} weights; give one for each.")
+    given = [(f"dys[{i}]", dy, "out") for i, dy in enumerate(dys)]
+    chosen = _linears_backend(op, given, weights, backend)
+    return torch.ops.ttt_fast.linears_backward(
+        [dy.contiguous() for dy in dys], _by_rows(weights), backend=chosen
+    )
+
+
+def _linears_backend(
+    op: str, given: list[tuple[str, Tensor, str]], weights: Sequence[Tensor], backend: str
+) -> str:
+    """Check each weight with the tensor that it meets, whose last axis is named."""
+    if not weights:
+        raise ValueError(f"{op}: got no weights; give at least one.")
+    lead = given[0][1]
+    shared: dict[str, int] = {}
+    for i, ((name, tensor, last), weight) in enumerate(zip(given, weights, strict=True)):
+        axes = (*(f"n{d}" for d in range(lead.dim() - 1)), last)
+        tensors = [(name, tensor, axes, ()), (f"weights[{i}]", weight, ("out", "in"), ())]
+        sizes = dict(shared)
+        check_factors(op, lead, tensors, sizes)
+        shared = {axis: size for axis, size in sizes.items() if axis != "out"}
+    chosen = choose(op, lead.device.type, backend)
+    if chosen == "cpp" and lead.dtype == torch.float16:
+        if backend == "cpp":
+            raise ValueError(
+                f"{op}: float16 is what backend='cpp' does not have; use backend='auto' or convert."
+            )
+        chosen = "torch"
+    return chosen
+
+
+def _by_rows(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [w if w.stride(1) == 1 else w.contiguous() for w in weights]
 
 
 @torch.no_grad()

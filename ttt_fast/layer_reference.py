@@ -1,4 +1,4 @@
-"""The pieces of a model's layers in plain torch: norms, gated units, rotary, attention.
+"""The pieces of a model's layers in plain torch: norms, linears, gated units, rotary, attention.
 
 What :mod:`ttt_fast.reference` says of arithmetic holds here; callers find these functions there,
 too.
@@ -6,7 +6,10 @@ too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_fast.rounding import compute_dtype
@@ -35,6 +38,22 @@ def rms_norm_backward(
 
 def _rounded(normalised: Tensor, dtype: torch.dtype, round_first: bool) -> Tensor:
     return normalised.to(dtype).to(normalised.dtype) if round_first else normalised
+
+
+# ---------------------------------------------------------------------------- linears
+
+
+def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """See :func:`ttt_fast.ops.linears`."""
+    wide = compute_dtype(x.dtype)
+    return [F.linear(x.to(wide), weight.to(wide)).to(x.dtype) for weight in weights]
+
+
+def linears_backward(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """See :func:`ttt_fast.ops.linears_backward`."""
+    wide = compute_dtype(dys[0].dtype)
+    terms = (dy.to(wide) @ weight.to(wide) for dy, weight in zip(dys, weights, strict=True))
+    return sum(terms).to(dys[0].dtype)
 
 
 # ---------------------------------------------------------------------------- glu

@@ -26,6 +26,8 @@ from ttt_fast.layer_ops import (
     attention_backward,
     glu,
     glu_backward,
+    linears,
+    linears_backward,
     rms_norm,
     rms_norm_backward,
     rotary,
@@ -44,8 +46,8 @@ from ttt_fast.undo import UndoLog
 __all__ = [
     "ROUNDINGS", "SCHEMAS", "UndoLog", "adamw_", "attention_backward", "backend_for", "checksum",
     "copy_", "delta_linear", "glu", "glu_backward", "grad_norm", "gram_norm", "gram_norms",
-    "implementation", "nll_", "rank_sgd_", "rank_update_", "rms_norm", "rms_norm_backward",
-    "rotary", "sgd_", "undo_restore_",
+    "implementation", "linears", "linears_backward", "nll_", "rank_sgd_", "rank_update_",
+    "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from ttt_fast.layer_reference import (
     attention_backward,
     glu,
     glu_backward,
+    linears,
+    linears_backward,
     rms_norm,
     rms_norm_backward,
     rotary,
@@ -29,8 +31,8 @@ from ttt_fast.rounding import GOLDEN64, MASK32, compute_dtype, random_bits, roun
 
 __all__ = [
     "adamw_", "attention_backward", "checksum", "copy_", "delta_linear", "glu", "glu_backward",
-    "grad_norm", "gram_norm", "gram_norms", "nll_", "rank_sgd_", "rank_update_", "rms_norm",
-    "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
+    "grad_norm", "gram_norm", "gram_norms", "linears", "linears_backward", "nll_", "rank_sgd_",
+    "rank_update_", "rms_norm", "rms_norm_backward", "rotary", "sgd_", "undo_restore_",
 ]  # fmt: skip
 
 # An undo log works on runs of this many elements; a run of which more than a third changed is kept

@@ -1,20 +1,10 @@
-// y = rho x W' - ((x a') o beta) d, W and a stored by rows, for a batch that shares W.
-// Fused: both products, scaling, accumulation, a copy of x. W is read as it lies; libraries first
-// copy it into another order, which costs more than it saves where rows of x are few. The next of
-// it is fetched during the arithmetic: the two take about as long at 20 rows. Arithmetic is in
-// float32 (float64 for float64), bfloat16 is rounded once: a small delta is not lost. No sum is
-// longer than kSpan / lanes or kDepth terms; sums of these make the element. Computed, not
-// measured: bytes are those of W, a and d once, of y and the copy once or twice; an element of W
-// takes part in as many products as x has rows, so that memory bounds few rows, arithmetic many.
-// Reference: delta_linear in ttt_fast/factor_reference.py.
+// x W' and x W, W as it lies: libraries first copy it into another order, which costs more than it
+// saves where rows of x are few. The next of it is fetched during the arithmetic: the two take
+// about as long at 20 rows. No sum is longer than kSpan / lanes or kDepth terms; sums of these make
+// the element.
 #include "product.h"
 
-#include <cstring>
-#include <memory>
-#include <optional>
 #include <type_traits>
-
-#include "tiles.h"
 
 // Sums of products need not round as another place does; fused they take half the instructions.
 #pragma GCC optimize("fp-contract=fast")
@@ -24,13 +14,11 @@
 namespace ttt_fast {
 namespace {
 
-constexpr int kRows = 4;            // rows of W at a time (x W')
-constexpr int64_t kGroup = 16;      // rows of W that stay in the cache (x W')
-constexpr int kVectors = 4;         // vectors of a row of W at a time (x W)
-constexpr int64_t kDepth = 64;      // rows of W whose columns stay in the L2 cache (x W)
-constexpr int64_t kColumns = 64;    // columns of y that one thread computes at a time
-constexpr int64_t kSpan = 2048;     // elements of a row of W to one sum (x W'); kDepth rows (x W)
-constexpr int64_t kWork = 1 << 19;  // products of x and a that are worth a thread
+constexpr int kRows = 4;         // rows of W at a time (x W')
+constexpr int64_t kGroup = 16;   // rows of W that stay in the cache (x W')
+constexpr int kVectors = 4;      // vectors of a row of W at a time (x W)
+constexpr int64_t kDepth = 64;   // rows of W whose columns stay in the L2 cache (x W)
+constexpr int64_t kSpan = 2048;  // elements of a row of W to one sum (x W'); kDepth rows (x W)
 
 TTT_HOST_DEVICE float value(float x) { return x; }
 TTT_HOST_DEVICE double value(double x) { return x; }
@@ -241,169 +229,19 @@ TTT_HOST_DEVICE void product_by_columns(Strided<const C> x, int64_t tokens, int6
   TTT_PRODUCTS_OF(double, double, target, bytes, registers)
 TTT_FOR_TARGETS(TTT_PRODUCTS)
 
-// One call with its matrices in their types: arithmetic in C, storage in S.
-template <class C, class S>
-struct DeltaLinear {
-  const DeltaLinearCall& call;
-  const C* x = nullptr;
-  std::unique_ptr<C[]> wide_x;       // x in C where it is stored in another type
-  std::optional<TiledRows> tiled_x;  // x where its product with W is one of tiles
-  std::unique_ptr<C[]> scores;       // (x a') o -beta, (batch, tokens, rank)
-
-  explicit DeltaLinear(const DeltaLinearCall& c)
-      : call(c), scores(new C[size_t(c.batch * c.tokens * c.rank)]) {
-    if constexpr (std::is_same_v<C, S>) {
-      x = static_cast<const C*>(call.x);
-    } else {
-      if (takes_tiles()) {
-        const uint16_t* const bits = static_cast<const uint16_t*>(call.x);
-        tiled_x.emplace(Matrix<const uint16_t>{bits, call.in}, call.batch * call.tokens, call.in,
-                        call.weight_by_columns);
-        if (call.rank == 0) return;
-      }
-      const int64_t numel = call.batch * call.tokens * call.in;
-      char* const from = const_cast<char*>(static_cast<const char*>(call.x));
-      wide_x.reset(new C[size_t(numel)]);
-      parallel_ranges(numel, kChunk, [&](int64_t first, int64_t last) {
-        widen(call.dtype, from + first * int64_t(sizeof(S)), last - first, &wide_x[first]);
-      });
-      x = wide_x.get();
-    }
-  }
-
-  bool takes_tiles() const {
-    const bool fits = call.in > 0 && call.in % kTileSide == 0 && call.out % kTileSide == 0;
-    return std::is_same_v<S, uint16_t> && call.weight != nullptr && fits && has_tiles();
-  }
-
-  Matrix<const C> x_of(int64_t b) const { return {x + b * call.tokens * call.in, call.in}; }
-
-  static Matrix<const S> rows(const Factor& factor, int64_t b, int64_t row, int64_t column) {
-    return {
-        static_cast<const S*>(factor.data) + b * factor.batch_stride + row * factor.stride + column,
-        factor.stride};
-  }
-
-  Matrix<C> scores_of(int64_t b, int64_t from) const {
-    return {scores.get() + b * call.tokens * call.rank + from, call.rank};
-  }
-
-  void score(int64_t b, int64_t from, int64_t to) const {
-    const Matrix<C> h = scores_of(b, from);
-    by_rows(x_of(b), call.tokens, call.in, rows(call.a, b, from, 0), to - from, 0, h);
-    const C* const beta = static_cast<const C*>(call.beta) + b * call.rank + from;
-    for (int64_t t = 0; t < call.tokens; ++t) {
-      for (int64_t r = 0; r < to - from; ++r) *h.at(t, r) *= -beta[r];
-    }
-  }
-
-  // block = rho x W', columns [c, c + n), to be followed by those up to `end`.
-  void base(int64_t c, int64_t n, int64_t end, Matrix<C> block) const {
-    const int64_t tokens = call.batch * call.tokens, stride = call.weight_stride;
-    const S* const weight = static_cast<const S*>(call.weight);
-    if constexpr (std::is_same_v<S, uint16_t>) {
-      if (tiled_x && call.weight_by_columns) {
-        tiles_by_columns(*tiled_x, {weight + c, stride}, n, block);
-      } else if (tiled_x) {
-        tiles_by_rows(*tiled_x, {weight + c * stride, stride}, n, end - c - n, block);
-      }
-    }
-    if (tiled_x) {
-      // Done.
-    } else if (call.weight_by_columns) {
-      by_columns({x, call.in, 1}, tokens, call.in, {weight + c, stride}, n, block, false);
-    } else {
-      by_rows(x_of(0), tokens, call.in, {weight + c * stride, stride}, n, end - c - n, block);
-    }
-    if (call.rho == nullptr) return;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const C rho = static_cast<const C*>(call.rho)[t / call.tokens];
-      for (int64_t k = 0; k < n; ++k) *block.at(t, k) *= rho;
-    }
-  }
-
-  // Columns [c, c + n) of y for all of the batch, in a block of y itself or of other memory; those
-  // up to `end` follow.
-  void columns(int64_t c, int64_t n, int64_t end, Matrix<C> block) const {
-    const bool has_base = call.weight != nullptr;
-    if (has_base) base(c, n, end, block);
-    for (int64_t b = 0; b < call.batch && !(has_base && call.rank == 0); ++b) {
-      const Matrix<C> h = scores_of(b, 0);
-      by_columns({h.data, h.stride, 1}, call.tokens, call.rank, rows(call.d, b, 0, c), n,
-                 {block.at(b * call.tokens, 0), block.stride}, has_base);
-    }
-    S* const y = static_cast<S*>(call.y) + c;
-    for (int64_t t = 0; t < call.batch * call.tokens; ++t) {
-      char* const to = reinterpret_cast<char*>(y + t * call.out);
-      narrow(call.dtype, block.at(t, 0), n, to, Noise(), 0);  // nothing where it is there already
-    }
-  }
-
-  // A share of the rows of x, [first, last), into the memory that they are kept in.
-  void append(int64_t first, int64_t last) const {
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t to =
-          row / call.tokens * call.append_batch_stride + row % call.tokens * call.append_stride;
-      std::memcpy(static_cast<S*>(call.append) + to, static_cast<const S*>(call.x) + row * call.in,
-                  size_t(call.in) * sizeof(S));
-    }
-  }
-
-  void run() const {
-    const int64_t blocks = (call.rank + kRows - 1) / kRows;
-    const int64_t grain = 1 + kWork / (1 + call.tokens * call.in * kRows);
-    parallel_ranges(call.batch * blocks, grain, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last;) {
-        const int64_t b = i / blocks, stop = std::min(last, (b + 1) * blocks);
-        score(b, (i - b * blocks) * kRows, std::min(call.rank, (stop - b * blocks) * kRows));
-        i = stop;
-      }
-    });
-    const int64_t parts = std::max<int64_t>(1, (call.out + kColumns - 1) / kColumns);
-    const int64_t tokens = call.batch * call.tokens;
-    parallel_ranges(parts, 1, [&](int64_t first, int64_t last) {
-      if (call.append != nullptr) append(tokens * first / parts, tokens * last / parts);
-      // By columns, the whole range at a time: the rows of W are then read as they lie.
-      const int64_t step = (call.weight_by_columns ? last - first : 1) * kColumns;
-      // A block of its own while it is small: rows of y lie pages apart.
-      const bool own = !(std::is_same_v<C, S> && call.weight_by_columns);
-      const std::unique_ptr<C[]> scratch(own ? new C[size_t(call.batch * call.tokens * step)]
-                                             : nullptr);
-      const int64_t end = std::min(call.out, last * kColumns);
-      for (int64_t c = first * kColumns; c < end; c += step) {
-        const int64_t n = std::min(step, end - c);
-        columns(
-            c, n, end,
-            own ? Matrix<C>{scratch.get(), n} : Matrix<C>{static_cast<C*>(call.y) + c, call.out});
-      }
-    });
-  }
-};
-
 }  // namespace
 
-void multiply(Strided<const float> x, int64_t rows, int64_t n, Matrix<const float> w,
-              int64_t columns, Matrix<float> y, bool add) {
-  by_columns(x, rows, n, w, columns, y, add);
-}
-
-void multiply(Strided<const double> x, int64_t rows, int64_t n, Matrix<const double> w,
-              int64_t columns, Matrix<double> y, bool add) {
-  by_columns(x, rows, n, w, columns, y, add);
-}
-
-void delta_linear_cpu(const DeltaLinearCall& call) {
-  switch (call.dtype) {
-    case Dtype::F64:
-      DeltaLinear<double, double>(call).run();
-      break;
-    case Dtype::BF16:
-      DeltaLinear<float, uint16_t>(call).run();
-      break;
-    default:
-      DeltaLinear<float, float>(call).run();
-      break;
+#define TTT_MULTIPLY(C, W)                                                                         \
+  void multiply_by_rows(Matrix<const C> x, int64_t tokens, int64_t n, Matrix<const W> w,           \
+                        int64_t rows, int64_t more, Matrix<C> y) {                                 \
+    by_rows(x, tokens, n, w, rows, more, y);                                                       \
+  }                                                                                                \
+  void multiply(Strided<const C> x, int64_t tokens, int64_t n, Matrix<const W> w, int64_t columns, \
+                Matrix<C> y, bool add) {                                                           \
+    by_columns(x, tokens, n, w, columns, y, add);                                                  \
   }
-}
+TTT_MULTIPLY(float, float)
+TTT_MULTIPLY(float, uint16_t)
+TTT_MULTIPLY(double, double)
 
 }  // namespace ttt_fast

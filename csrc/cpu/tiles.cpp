@@ -1,16 +1,24 @@
 // Products in tiles of 16 rows of 64 bytes: C (16, 16) float32 += A (16, 32) B (32, 16), B with two
-// rows next to each other. Four C at a time, of two A and two B. Computed, not measured: a tile of
-// W, 1024 bytes, takes part in a product of 16 cycles for each 16 tokens, and a core reads it in
-// 175 cycles (14 GB/s, 2.4 GHz), so that memory bounds up to some 175 tokens.
+// rows next to each other: an element of 4 bytes of A has two numbers that meet two of B.
+//
+// x W' takes W as A, as it lies, four C at a time of two A and two B. Computed, not measured: a
+// tile of W, 1024 bytes, takes part in a product of 16 cycles for each 16 tokens, and a core reads
+// it in 175 cycles (14 GB/s, 2.4 GHz), so that memory bounds up to some 175 tokens.
+//
+// x W takes W as B, as it lies, too: its two numbers are of one row and of two columns, of which
+// (x, 0) leaves the first and (0, x) the second. That is twice the products, but no W in another
+// order: when rows were brought in pairs first, 1536 x 576 took 1.4 times as long at 20 tokens.
 //
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 #include "tiles.h"
 
 #include <cstring>
+#include <memory>
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 12)
 #define TTT_TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
 // GCC 12 takes what its own header leaves open for an oversight.
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -41,18 +49,20 @@ bool has_tiles() {
 namespace {
 
 constexpr int64_t kBlock16 = 16;    // rows of a tile
-constexpr int64_t kDepth = 64;      // rows of W whose columns are put in order at a time
 constexpr int64_t kRowBytes = 64;   // of a tile
 constexpr int64_t kTile = 256;      // 4-byte elements of a tile
+constexpr int64_t kDepth = 128;     // rows of W at a time, times blocks of tokens (x W)
 constexpr int64_t kTilesEach = 64;  // to be written that are worth a thread
 
-// All eight registers are tiles of 16 rows of 64 bytes, until _tile_release().
-TTT_TILES void configure_tiles() {
+// All eight registers are tiles of so many rows of 64 bytes, until _tile_release(); but for
+// `whole`, which has 16.
+TTT_TILES void configure_tiles(int64_t rows = kBlock16, int whole = 0) {
   struct {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint8_t rows[16] = {};
   } config;
+  for (int i = 0; i < 8; ++i) config.rows[i] = uint8_t(i == whole ? kBlock16 : rows);
   _tile_loadconfig(&config);
 }
 
@@ -63,19 +73,16 @@ TTT_TILES inline __m512 column(const float* tile, int64_t i) {
   return _mm512_i32gather_ps(rows, tile + i, sizeof(float));
 }
 
-// One tile of the first 16 or fewer rows of x: as they are, or pairs of a column next to each
-// other.
-TTT_TILES void write_tile(Matrix<const uint16_t> x, int64_t rows, bool in_pairs, uint32_t* tile) {
+// One tile of the first 16 or fewer rows of x, pairs of a column next to each other.
+TTT_TILES void write_tile(Matrix<const uint16_t> x, int64_t rows, uint32_t* tile) {
   alignas(64) float own[kTile] = {};
   for (int64_t i = 0; i < rows; ++i) std::memcpy(own + i * 16, x.at(i, 0), kRowBytes);
-  for (int64_t i = 0; i < kBlock16; ++i) {
-    _mm512_storeu_ps(tile + i * 16, in_pairs ? column(own, i) : _mm512_load_ps(own + i * 16));
-  }
+  for (int64_t i = 0; i < kBlock16; ++i) _mm512_storeu_ps(tile + i * 16, column(own, i));
 }
 
 }  // namespace
 
-TiledRows::TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n, bool for_columns)
+TiledRows::TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n)
     : rows_(rows),
       n_(n),
       blocks_((rows + 2 * kBlock16 - 1) / (2 * kBlock16) * 2),
@@ -85,8 +92,7 @@ TiledRows::TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n, bool for
     for (int64_t k = from; k < to; ++k) {
       for (int64_t first = 0; first < rows; first += kBlock16) {
         uint32_t* const tile = &data_[size_t((k * blocks_ + first / kBlock16) * kTile)];
-        write_tile({x.at(first, k * kTileSide), x.stride}, std::min(kBlock16, rows - first),
-                   !for_columns, tile);
+        write_tile({x.at(first, k * kTileSide), x.stride}, std::min(kBlock16, rows - first), tile);
       }
     }
   });
@@ -134,82 +140,107 @@ TTT_TILES void tiles_by_rows(const TiledRows& x, Matrix<const uint16_t> w, int64
 
 namespace {
 
-// Rows of W, of 32 columns two tiles for every 32 rows: two rows next to each other, of columns
-// 8 i + [0, 4) in the first tile, 8 i + [4, 8) in the second.
-TTT_TILES inline void interleave(Matrix<const uint16_t> w, int64_t rows, int64_t columns,
-                                 uint16_t* to, Ahead<uint16_t>& ahead) {
-  for (int64_t i = 0; i < rows; i += 2) {
-    const uint16_t *const even = w.at(i, 0), *const odd = w.at(i + 1, 0);
-    uint16_t* row = to + i / kTileSide * kTileSide * columns + i % kTileSide * 16;
-    for (int64_t c = 0; c < columns; c += kTileSide, row += 4 * kTile) {
-      ahead.fetch();
-      const __m512i a = _mm512_loadu_si512(even + c), b = _mm512_loadu_si512(odd + c);
-      _mm512_store_si512(row, _mm512_unpacklo_epi16(a, b));
-      _mm512_store_si512(row + 2 * kTile, _mm512_unpackhi_epi16(a, b));
-    }
+// 16 columns of some rows of x, as (x, 0) and in a second tile as (0, x).
+TTT_TILES inline void write_pairs(Matrix<const uint16_t> x, int64_t rows, uint32_t* tiles) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.at(i, 0)));
+    const __m512i first = _mm512_cvtepu16_epi32(row);
+    _mm512_storeu_si512(tiles + i * 16, first);
+    _mm512_storeu_si512(tiles + kTile + i * 16, _mm512_slli_epi32(first, 16));
   }
 }
 
-// A row of two such tiles, its 32 columns in order.
-TTT_TILES inline void restore_order(const float* first, const float* second, float* to) {
-  const __m512 low = _mm512_load_ps(first), high = _mm512_load_ps(second);
-  const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i right =
-      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  _mm512_storeu_ps(to, _mm512_permutex2var_ps(low, left, high));
-  _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low, right, high));
+// sums [+]= x w: of one or two blocks of tokens, the even and the odd of 32 columns. The tiles of x
+// for 16 rows of w are followed by those for the next after `step` elements.
+template <int kBlocks>
+TTT_TILES inline void column_tiles(const uint32_t* x, int64_t step, Matrix<const uint16_t> w,
+                                   int64_t rows, float* sums, bool add, Ahead<uint16_t>& ahead) {
+  const int64_t stride = w.stride * int64_t(sizeof(uint16_t));
+  if (add) {
+    _tile_loadd(0, sums, kRowBytes);
+    _tile_loadd(1, sums + kTile, kRowBytes);
+    if constexpr (kBlocks == 2) _tile_loadd(2, sums + 2 * kTile, kRowBytes);
+    if constexpr (kBlocks == 2) _tile_loadd(3, sums + 3 * kTile, kRowBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t r = 0; r < rows; r += kBlock16, x += step) {
+    ahead.fetch();
+    // From the L2 cache, where the processor itself does not see rows as a sequence.
+    for (int64_t i = r + kBlock16; i < std::min(r + 2 * kBlock16, rows); ++i) {
+      __builtin_prefetch(w.at(i, 0), 0, 3);
+    }
+    _tile_loadd(4, w.at(r, 0), stride);
+    _tile_loadd(5, x, kRowBytes);
+    _tile_loadd(6, x + kTile, kRowBytes);
+    _tile_dpbf16ps(0, 5, 4);
+    ahead.fetch();
+    _tile_dpbf16ps(1, 6, 4);
+    if constexpr (kBlocks == 2) {
+      ahead.fetch();
+      _tile_loadd(7, x + 2 * kTile, kRowBytes);
+      _tile_loadd(5, x + 3 * kTile, kRowBytes);
+      _tile_dpbf16ps(2, 7, 4);
+      ahead.fetch();
+      _tile_dpbf16ps(3, 5, 4);
+    }
+  }
+  _tile_stored(0, sums, kRowBytes);
+  _tile_stored(1, sums + kTile, kRowBytes);
+  if constexpr (kBlocks == 2) _tile_stored(2, sums + 2 * kTile, kRowBytes);
+  if constexpr (kBlocks == 2) _tile_stored(3, sums + 3 * kTile, kRowBytes);
+}
+
+// A row of the even and of the odd columns, in order.
+TTT_TILES inline void restore_order(const float* even, const float* odd, float* to, bool add) {
+  const __m512 first = _mm512_load_ps(even), second = _mm512_load_ps(odd);
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  __m512 left = _mm512_permutex2var_ps(first, low, second);
+  __m512 right = _mm512_permutex2var_ps(first, high, second);
+  if (add) left += _mm512_loadu_ps(to), right += _mm512_loadu_ps(to + 16);
+  _mm512_storeu_ps(to, left);
+  _mm512_storeu_ps(to + 16, right);
 }
 
 }  // namespace
 
-TTT_TILES void tiles_by_columns(const TiledRows& x, Matrix<const uint16_t> w, int64_t columns,
-                                Matrix<float> y) {
-  configure_tiles();
-  // Sums of all columns, as tiles, while the rows of W go by, and kDepth of these.
-  const int64_t numel = columns / kTileSide * x.pairs() * 4 * kTile;
-  std::vector<float> memory(size_t(numel + kDepth * columns / 2 + 16));
-  float* const sums = reinterpret_cast<float*>((uintptr_t(memory.data()) + 63) / 64 * 64);
-  uint16_t* const part = reinterpret_cast<uint16_t*>(sums + numel);
-  for (int64_t from = 0; from < x.n(); from += kDepth) {
-    const int64_t depth = std::min(kDepth, x.n() - from), next = from + depth;
-    Ahead<uint16_t> ahead({w.at(next, 0), w.stride}, std::min(kDepth, x.n() - next), columns,
-                          columns / kTileSide * depth / 2);
-    interleave({w.at(from, 0), w.stride}, depth, columns, part, ahead);
+TTT_TILES void tiles_by_columns(Matrix<const uint16_t> x, int64_t tokens, int64_t n,
+                                Matrix<const uint16_t> w, int64_t columns, Matrix<float> y,
+                                bool add) {
+  if (tokens == 0) return;
+  const int64_t blocks = (tokens + kBlock16 - 1) / kBlock16, each = (tokens + blocks - 1) / blocks;
+  const int64_t most = std::max(kTileSide, kDepth / blocks / kTileSide * kTileSide);
+  // For each block and 32 columns the sums while the rows of W go by; x that meets some of these.
+  const int64_t pair = 2 * kTile, step = blocks * pair, numel = columns / kTileSide * step;
+  const size_t room = size_t(numel + most / kBlock16 * step + 16);
+  const std::unique_ptr<float[]> memory(new float[room]);
+  float* const sums = reinterpret_cast<float*>((uintptr_t(memory.get()) + 63) / 64 * 64);
+  uint32_t* const tiles = reinterpret_cast<uint32_t*>(sums + numel);
+  configure_tiles(each, 4);
+  for (int64_t from = 0; from < n; from += most) {
+    const int64_t rows = std::min(most, n - from), next = from + rows;
+    for (int64_t i = 0; i < rows / kBlock16 * blocks; ++i) {
+      const int64_t first = i % blocks * each;
+      write_pairs({x.at(first, from + i / blocks * kBlock16), x.stride},
+                  std::min(each, tokens - first), tiles + i * pair);
+    }
+    const int64_t times = columns / kTileSide * (rows / kBlock16) * ((blocks + 1) / 2);
+    Ahead<uint16_t> ahead({w.at(next, 0), w.stride}, std::min(most, n - next), columns, 4 * times);
     for (int64_t c = 0; c < columns; c += kTileSide) {
-      for (int64_t b = 0; b < 2 * x.pairs(); b += 2) {
-        float* const sum = sums + (c / kTileSide * x.pairs() + b / 2) * 4 * kTile;
-        if (from == 0) {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-        } else {
-          _tile_loadd(0, sum, kRowBytes);
-          _tile_loadd(1, sum + kTile, kRowBytes);
-          _tile_loadd(2, sum + 2 * kTile, kRowBytes);
-          _tile_loadd(3, sum + 3 * kTile, kRowBytes);
-        }
-        for (int64_t k = 0; k < depth; k += kTileSide) {
-          const uint16_t* const two = part + k * columns + c * kTileSide;
-          _tile_loadd(4, x.tile(b, (from + k) / kTileSide), kRowBytes);
-          _tile_loadd(5, x.tile(b + 1, (from + k) / kTileSide), kRowBytes);
-          _tile_loadd(6, two, kRowBytes);
-          _tile_loadd(7, two + 2 * kTile, kRowBytes);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, sum, kRowBytes);
-        _tile_stored(1, sum + kTile, kRowBytes);
-        _tile_stored(2, sum + 2 * kTile, kRowBytes);
-        _tile_stored(3, sum + 3 * kTile, kRowBytes);
-        if (next < x.n()) continue;
-        const int64_t first = b * kBlock16, count = std::min(kTileSide, x.rows() - first);
-        for (int64_t i = 0; i < count; ++i) {
-          const float* const row = sum + i / kBlock16 * 2 * kTile + i % kBlock16 * 16;
-          restore_order(row, row + kTile, y.at(first + i, c));
-        }
+      float* const block = sums + c / kTileSide * step;
+      for (int64_t b = 0; b < blocks; b += 2) {
+        const auto run = b + 1 < blocks ? column_tiles<2> : column_tiles<1>;
+        run(tiles + b * pair, step, {w.at(from, c), w.stride}, rows, block + b * pair, from > 0,
+            ahead);
+      }
+      for (int64_t t = 0; t < tokens && next == n; ++t) {
+        const float* const row = block + t / each * pair + t % each * 16;
+        restore_order(row, row + kTile, y.at(t, c), add);
       }
     }
   }
@@ -220,12 +251,13 @@ TTT_TILES void tiles_by_columns(const TiledRows& x, Matrix<const uint16_t> w, in
 
 bool has_tiles() { return false; }
 
-TiledRows::TiledRows(Matrix<const uint16_t>, int64_t rows, int64_t n, bool)
+TiledRows::TiledRows(Matrix<const uint16_t>, int64_t rows, int64_t n)
     : rows_(rows), n_(n), blocks_(0) {}
 
 void tiles_by_rows(const TiledRows&, Matrix<const uint16_t>, int64_t, int64_t, Matrix<float>) {}
 
-void tiles_by_columns(const TiledRows&, Matrix<const uint16_t>, int64_t, Matrix<float>) {}
+void tiles_by_columns(Matrix<const uint16_t>, int64_t, int64_t, Matrix<const uint16_t>, int64_t,
+                      Matrix<float>, bool) {}
 
 #endif
 

@@ -18,10 +18,10 @@ bool is_intel();
 // Rows and columns of W have to be multiples of this.
 constexpr int64_t kTileSide = 32;
 
-// Rows of bfloat16 numbers in the order in which tiles are read, for W by rows or by columns.
+// Rows of bfloat16 numbers in the order in which tiles are read.
 class TiledRows {
  public:
-  TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n, bool for_columns);
+  TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n);
   int64_t rows() const { return rows_; }
   int64_t n() const { return n_; }
   // Columns [32 k, 32 k + 32) of rows [16 b, 16 b + 16).
@@ -37,8 +37,9 @@ class TiledRows {
 void tiles_by_rows(const TiledRows& x, Matrix<const uint16_t> w, int64_t rows, int64_t more,
                    Matrix<float> y);
 
-// y (x.rows, columns) = x w (x.n, columns)
-void tiles_by_columns(const TiledRows& x, Matrix<const uint16_t> w, int64_t columns,
-                      Matrix<float> y);
+// y (tokens, columns) = [y +] x (tokens, n) w (n, columns). Two columns next to each other share
+// what is not finite in either.
+void tiles_by_columns(Matrix<const uint16_t> x, int64_t tokens, int64_t n, Matrix<const uint16_t> w,
+                      int64_t columns, Matrix<float> y, bool add);
 
 }  // namespace ttt_fast

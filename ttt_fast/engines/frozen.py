@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from ttt_fast.engines.products import linear, linear_sum
-
-Product = Callable[..., Tensor]
+from ttt_fast.engines.products import linear, linears, linears_backward
 
 
 class LinearPiece:
@@ -25,7 +23,6 @@ class LinearPiece:
     Args:
         name: of the module.
         module: the layer.
-        product: ``delta_linear``, for few rows.
         own_code: whether to leave an input to the module's own code.
         beside: layers that are given the same x one after the other, as far as they stand in.
     """
@@ -34,11 +31,10 @@ class LinearPiece:
         self,
         name: str,
         module: nn.Linear,
-        product: Product,
         own_code: Callable[[Tensor], bool],
         beside: SameInput | None = None,
     ) -> None:
-        self.name, self.module, self.product = name, module, product
+        self.name, self.module = name, module
         self.beside = SameInput() if beside is None else beside
         self.beside.pieces.append(self)
         self._own_code = own_code
@@ -88,7 +84,7 @@ class SameInput:
         self.forget()
         pieces = [piece] if alone else [piece, *self._others(piece, x)]
         weights, biases = zip(*(p.parameters for p in pieces), strict=True)
-        y, *others = _FrozenLinears.apply(x, piece.product, *weights, *biases)
+        y, *others = _FrozenLinears.apply(x, *weights, *biases)
         if others:
             self._x, self._version = x, x._version
             self._ready = {id(p): other for p, other in zip(pieces[1:], others, strict=True)}
@@ -126,7 +122,7 @@ def frozen_mlp(module: nn.Module, glu: Any, x: Tensor) -> Tensor | None:
         weights.append(weight)
     if _has_any_global_hook():
         return None
-    return _FrozenMlp.apply(x, piece.product, glu, *weights)
+    return _FrozenMlp.apply(x, glu, *weights)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -145,17 +141,14 @@ class _FrozenLinears(torch.autograd.Function):
     """y = x Wᵀ + b of several layers: their weights, then as many biases."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, product: Product, *weights_and_biases: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:
         n = len(weights_and_biases) // 2
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
         ctx.save_for_backward(*weights)
-        ctx.product = product
         ctx.set_materialize_grads(False)
-        found = [linear(x, weight, product) for weight in weights]
         return tuple(
-            y if bias is None else y.add_(bias) for y, bias in zip(found, biases, strict=True)
+            y if bias is None else y.add_(bias)
+            for y, bias in zip(linears(x, weights), biases, strict=True)
         )
 
     @staticmethod
@@ -163,26 +156,24 @@ class _FrozenLinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         weights = ctx.saved_tensors
         terms = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
-        dx = linear_sum(terms, ctx.product) if terms else None
-        return dx, *[None] * (1 + 2 * len(weights))
+        dx = linears_backward(*zip(*terms, strict=True)) if terms else None
+        return dx, *[None] * (2 * len(weights))
 
 
 class _FrozenMlp(torch.autograd.Function):
     """y = (act(x Wgᵀ) ∘ (x Wuᵀ)) Wdᵀ; the backward needs the two products with x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, product: Product, glu: Any, gate: Tensor, up: Tensor, down: Tensor
-    ) -> Tensor:
-        gates, ups = linear(x, gate, product), linear(x, up, product)
+    def forward(ctx: Any, x: Tensor, glu: Any, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gates, ups = linears(x, [gate, up])
         ctx.save_for_backward(gates, ups, gate, up, down)
-        ctx.product, ctx.glu = product, glu
-        return linear(glu.forward(gates, ups, activation=glu.activation), down, product)
+        ctx.glu = glu
+        return linear(glu.forward(gates, ups, activation=glu.activation), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gates, ups, gate, up, down = ctx.saved_tensors
-        dact = linear(dy, down.t(), ctx.product)
+        dact = linears_backward([dy], [down])
         dgates, dups = ctx.glu.backward(dact, gates, ups, activation=ctx.glu.activation)
-        return linear_sum([(dgates, gate), (dups, up)], ctx.product), *[None] * 5
+        return linears_backward([dgates, dups], [gate, up]), *[None] * 4

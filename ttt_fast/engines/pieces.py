@@ -179,16 +179,15 @@ def _attention_backward_of(module: nn.Module, backend: str) -> Callable[..., Any
     return None if found is None else found[0]
 
 
-def linear_of(module: nn.Module, backend: str) -> Callable[..., Tensor] | None:
-    """The product for a plain linear layer, None where there is no faster one than torch's."""
+def has_product(module: nn.Module, backend: str) -> bool:
+    """Whether there is a product for a plain linear layer that may be faster than torch's."""
     known = (
         type(module).forward is nn.Linear.forward
         and {"weight", "bias"} <= set(module._parameters)
         and module.weight.device.type == "cpu"
         and most_rows(module.weight.dtype) > 0
     )
-    found = _fused(module, backend, "delta_linear") if known else None
-    return None if found is None else found[0]
+    return known and _fused(module, backend, "linears", "linears_backward") is not None
 
 
 def _fused(module: nn.Module, backend: str, *names: str) -> list[Callable[..., Any]] | None:
@@ -381,9 +380,8 @@ def pieces_of(
             same = SameInput()
             children = (getattr(module, name, None) for name in _ATTENTION_INPUTS)
             beside |= {id(child): same for child in children if child is not None}
-        product = linear_of(module, backend)
-        if product is not None:
-            yield LinearPiece(name, module, product, own_code, beside.get(id(module)))
+        if has_product(module, backend):
+            yield LinearPiece(name, module, own_code, beside.get(id(module)))
 
 
 @contextmanager

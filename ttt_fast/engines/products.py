@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -328,8 +328,8 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
     Others copy W into another order first. Measured on SmolLM2's shapes, weights not in the cache:
     on an EPYC (Zen 4) torch's take 1.3 to 2 times as long at 20 to 64 rows and as long at 320; on a
     Xeon with AMX 1.2 to 1.7 times at 20 rows, as long at 64 for x Wᵀ and at 32 for x W. In bfloat16
-    that Xeon's tiles take 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192, and for x W as
-    long at 64.
+    that Xeon's tiles take 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192, and for x W 0.6
+    to 0.8, as long at 48.
 
     Args:
         dtype: of x and W.
@@ -343,58 +343,75 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
         return 0
     if dtype == torch.float32:
         return 256 if not known.is_intel() else 64 if by_rows else 32
-    return 0 if not known.has_tiles() else 192 if by_rows else 64
+    return 0 if not known.has_tiles() else 192 if by_rows else 48
 
 
 TILE_SIDE = 32  # kTileSide in csrc/cpu/tiles.h
 
 
-def linear(x: Tensor, weight: Tensor, product: Callable[..., Tensor] | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x Wᵀ; for few rows on a CPU by a product that reads W as it lies.
 
     Args:
         x: (..., in).
-        weight: (out, in).
-        product: ``delta_linear`` where it runs; looked up if None.
+        weight: (out, in), or a transposed view.
     """
-    out, width = weight.shape
-    rows = x.numel() // width if width else x.shape[:-1].numel()
-    if not reads_as_it_lies(x, weight, rows):
-        # As a matrix: of a part of a batch torch would make a batch of products, with copies of W.
-        y = F.linear(x.reshape(rows, width), weight)
-    else:
-        product = product or ops.implementation("delta_linear", "cpu")
-        grouped = x if x.dim() == 3 else x.reshape(1, rows, width)
-        nothing = _no_factors(grouped.shape[0], width, out, x.dtype)
-        y = product(grouped.contiguous(), weight, *nothing, None, None)
-        if x.dim() == 3:
-            return y
-    # To autograd no view, so that a model may write into what it gets.
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
+    if weight.stride(1) == 1:
+        return linears(x, [weight])[0]
+    return linears_backward([x], [weight.t()])
 
 
-def linear_sum(
-    terms: Sequence[tuple[Tensor, Tensor]], product: Callable[..., Tensor] | None = None
-) -> Tensor:
+def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return x Wᵀ of several layers, each as :func:`linear`.
+
+    Args:
+        x: (..., in).
+        weights: (out, in) each.
+    """
+    rows = _rows(x)
+    if all(reads_as_it_lies(x, weight, rows) for weight in weights):
+        return _few_rows("linears")(x.contiguous(), weights)
+    # As a matrix: of a part of a batch torch would make a batch of products, with copies of W.
+    matrix = x.reshape(rows, x.shape[-1])
+    return [_shaped(F.linear(matrix, weight), x) for weight in weights]
+
+
+def linears_backward(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Return Σ dy W, the gradient at what several linear layers were given.
 
     Args:
-        terms: dy (..., out) and W (out, in) of each; at least one.
-        product: as for :func:`linear`.
+        dys: (..., out) each; at least one.
+        weights: (out, in) each.
     """
-    (dy, weight), *others = terms
-    total = linear(dy, weight.t(), product)
-    for dy, weight in others:
-        rows = dy.reshape(-1, dy.shape[-1])
-        if dy.dtype != torch.float32 or reads_as_it_lies(dy, weight.t(), len(rows)):
-            total.add_(linear(dy, weight.t(), product))
+    rows = _rows(dys[0])
+    if all(reads_as_it_lies(dy, w.t(), rows) for dy, w in zip(dys, weights, strict=True)):
+        return _few_rows("linears_backward")([dy.contiguous() for dy in dys], weights)
+    (first, *others) = [dy.reshape(rows, dy.shape[-1]) for dy in dys]
+    total = first @ weights[0]
+    for dy, weight in zip(others, weights[1:], strict=True):
+        if dy.dtype == torch.float32:
+            total.addmm_(dy, weight)
         else:
-            total.view(len(rows), weight.shape[1]).addmm_(rows, weight)
-    return total
+            total.add_(dy @ weight)
+    return _shaped(total, dys[0])
+
+
+@functools.cache
+def _few_rows(op: str) -> Callable[..., Any]:
+    return ops.implementation(op, "cpu")
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """Rows of y as x has them; to autograd no view, so that a model may write into what it gets."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def reads_as_it_lies(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Whether ``delta_linear`` is the faster product of so many rows x with W."""
+    """Whether the product that reads W as it lies is the faster one of so many rows x with W."""
     if rows == 0 or not x.is_cpu:
         return False
     across, along = weight.stride()
@@ -402,10 +419,3 @@ def reads_as_it_lies(x: Tensor, weight: Tensor, rows: int) -> bool:
         return False
     out, width = weight.shape
     return x.dtype == torch.float32 or out % TILE_SIDE == 0 == width % TILE_SIDE
-
-
-@functools.cache
-def _no_factors(n: int, width: int, out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """a, d and beta of n deltas of rank 0."""
-    a, d = (torch.empty(n, 0, m, dtype=dtype) for m in (width, out))
-    return a, d, torch.empty(n, 0)
