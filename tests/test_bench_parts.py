@@ -86,11 +86,12 @@ def test_products_of_the_loop_are_in_their_parts(found):
 
 
 def test_products_of_ours_are_in_their_parts(found):
-    products = counted(found.roots["ttt_fast"], "ttt_fast_cpp::delta_linear")
-    frozen, adapted = 12 + 8, 9 + 7  # forwards and the gradients of inputs
-    head = {parts.HEAD: K * 2}
-    assert products == {parts.LINEARS: K * frozen, parts.ADAPTED: K * adapted} | head
-    assert counted(found.roots["ttt_fast"], "ttt_fast::gram_norms") == {parts.UPDATE: K}
+    """Frozen layers of one input are one product, forward (3 attentions) and backward (2)."""
+    root = found.roots["ttt_fast"]
+    assert counted(root, "ttt_fast_cpp::delta_linear") == {parts.ADAPTED: K * (9 + 7)}
+    assert counted(root, "ttt_fast_cpp::linears") == {parts.LINEARS: K * 6, parts.HEAD: K}
+    assert counted(root, "ttt_fast_cpp::linears_backward") == {parts.LINEARS: K * 4, parts.HEAD: K}
+    assert counted(root, "ttt_fast::gram_norms") == {parts.UPDATE: K}
 
 
 @pytest.mark.parametrize("side", ["naive", "ttt_fast"])
