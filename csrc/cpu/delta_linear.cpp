@@ -99,7 +99,7 @@ struct DeltaLinear {
         i = stop;
       }
     });
-    const int64_t unit = call.weight_by_columns && !tiles ? kWideColumns : kColumns;
+    const int64_t unit = kWideColumns;  // d is met by columns
     const int64_t parts = std::max<int64_t>(1, (call.out + unit - 1) / unit);
     const int64_t tokens = call.batch * call.tokens;
     parallel_ranges(parts, 1, [&](int64_t first, int64_t last) {

@@ -12,7 +12,7 @@ namespace ttt_fast {
 
 // Columns of y that one thread computes at a time: few, so that threads have as many each.
 constexpr int64_t kColumns = 32;
-constexpr int64_t kWideColumns = 64;  // of x W in vectors, of which it takes four at a time
+constexpr int64_t kWideColumns = 64;  // where W is met by columns, in four vectors at a time
 
 enum class Weight { kByRows, kByColumns };
 

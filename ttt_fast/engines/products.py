@@ -387,12 +387,12 @@ def linears_backward(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor
     if all(reads_as_it_lies(dy, w.t(), rows) for dy, w in zip(dys, weights, strict=True)):
         return _few_rows("linears_backward")([dy.contiguous() for dy in dys], weights)
     (first, *others) = [dy.reshape(rows, dy.shape[-1]) for dy in dys]
-    total = first @ weights[0]
+    total = F.linear(first, weights[0].t())
     for dy, weight in zip(others, weights[1:], strict=True):
         if dy.dtype == torch.float32:
             total.addmm_(dy, weight)
         else:
-            total.add_(dy @ weight)
+            total.add_(F.linear(dy, weight.t()))
     return _shaped(total, dys[0])
 
 
