@@ -1,4 +1,4 @@
-// Registration of the ops of a model's layers: norms, gated units, rotary positions,
+// Registration of the ops of a model's layers: norms, linear layers, gated units, rotary positions,
 // attention.
 // What ops.cpp says of tensors and checks holds here; the arguments with their names are checked in
 // ttt_fast/layer_ops.py.
@@ -191,8 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor q, Tenso
   return {dq, dk, dv};
 }
 
-// What forward and backward have in common; given has as many columns as the first W has rows or
-// columns.
+// What forward and backward have in common; `given` is what the first W meets.
 LinearsCall linears_call(const char* op, const Tensor& given, const Tensors& weights, int64_t in) {
   const View view = describe(given, op, "x", 0, false);
   STD_TORCH_CHECK(view.dtype == Dtype::F32 || view.dtype == Dtype::BF16 || view.dtype == Dtype::F64,

@@ -7,7 +7,16 @@ from ttt_fast import ops
 from ttt_fast.rounding import compute_dtype
 
 backends = pytest.mark.parametrize("backend", backend_params())
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# All but float16 in C++, which test_bad_arguments sees refused.
+variants = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(*backend.values, dtype, marks=backend.marks)
+        for backend in backend_params()
+        for dtype in DTYPES
+        if (*backend.values, dtype) != ("cpp", torch.float16)
+    ],
+)
 # Rows of x; columns of it; rows of each W. Multiples of 32 are what tiles take.
 SHAPES = [
     ((1,), 1, (1,)), ((3, 7), 33, (65, 1, 40)), ((2, 10), 96, (64, 32)), ((17,), 576, (192, 64)),
@@ -42,12 +51,9 @@ def run_all(shape, dtype, backend):
     return found, exact, terms
 
 
-@backends
-@dtypes
+@variants
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_those_of_float64_rounded_once(backend, dtype, shape):
-    if dtype == torch.float16 and backend == "cpp":
-        pytest.skip("there is no float16 in C++")
     found, exact, terms = run_all(shape, dtype, backend)
     wide = compute_dtype(dtype)
     once = torch.finfo(dtype).eps / 2 if wide != dtype else 0
@@ -70,11 +76,8 @@ def test_a_sum_is_rounded_once(backend):
     assert torch.equal(dx, torch.ones_like(dx))
 
 
-@backends
-@dtypes
+@variants
 def test_weights_of_any_strides_and_parts_of_rows_give_the_same(backend, dtype):
-    if dtype == torch.float16 and backend == "cpp":
-        pytest.skip("there is no float16 in C++")
     x, dys, weights = case(((2, 10), 96, (64, 32)), dtype)
     expected = [*ops.linears(x, weights, backend=backend)]
     expected.append(ops.linears_backward(dys, weights, backend=backend))
@@ -86,16 +89,13 @@ def test_weights_of_any_strides_and_parts_of_rows_give_the_same(backend, dtype):
         assert all(map(torch.equal, found, expected))
 
 
-@backends
-@dtypes
+@variants
 @pytest.mark.parametrize(
     "shape",
     [((0,), 64, (32, 32)), ((2, 0), 5, (3,)), ((4,), 0, (3, 2)), ((4,), 6, (0, 3))],
     ids=str,
 )
 def test_nothing_gives_nothing(backend, dtype, shape):
-    if dtype == torch.float16 and backend == "cpp":
-        pytest.skip("there is no float16 in C++")
     for _ in range(3):
         used = torch.full((4, 6), torch.nan)  # memory that is not zero
         del used
@@ -124,7 +124,10 @@ def test_what_is_not_finite_in_a_weight_is_seen(backend, dtype):
     x, dys, weights = case(((20,), 96, (64, 32)), dtype)
     weights[1][7, 9] = torch.inf
     assert not ops.linears(x, weights, backend=backend)[1][:, 7].isfinite().any()
-    assert not ops.linears_backward(dys, weights, backend=backend)[:, 9].isfinite().any()
+    dx = ops.linears_backward(dys, weights, backend=backend)
+    # The column beside it may share that (csrc/cpu/tiles.h), no other one.
+    assert not dx[:, 9].isfinite().any() and dx[:, :8].isfinite().all()
+    assert dx[:, 10:].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", backend_params()[1:])
@@ -153,7 +156,7 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(backend, dtype, out
         ({"weights": [torch.ones(3, 7).double()]}, r"weights\[0\] is float64; it must be float32"),
         ({"x": torch.ones(5, 7, dtype=torch.int32)}, "int32 are not supported"),
         ({"x": torch.ones(5, 7).half(), "weights": [torch.ones(3, 7).half()], "backend": "cpp"},
-         "float16 is what"),
+         "float16, which backend"),
     ],
 )  # fmt: skip
 def test_bad_arguments(change, message):

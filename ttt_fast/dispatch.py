@@ -307,6 +307,19 @@ def choose(op: str, device_type: str, backend: str) -> str:
     return resolve_backend(device_type, backend, implemented=SCHEMAS[op].backends, op=op)
 
 
+def choose_but_float16(op: str, lead: Tensor, backend: str) -> str:
+    """The backend of an op that has no float16 in C++: torch then, unless C++ was asked for."""
+    chosen = choose(op, lead.device.type, backend)
+    if chosen != "cpp" or lead.dtype != torch.float16:
+        return chosen
+    if backend == "cpp":
+        raise ValueError(
+            f"{op}: tensors are float16, which backend='cpp' does not have; use backend='auto' or"
+            " convert."
+        )
+    return "torch"
+
+
 def implementation(op: str, device_type: str, backend: str = "auto") -> Callable[..., Any]:
     """The function that runs an op: without checks, without dispatcher, for calls in inner loops.
 

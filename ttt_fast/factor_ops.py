@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttt_fast.dispatch import choose
+from ttt_fast.dispatch import choose, choose_but_float16
 from ttt_fast.op_checks import COEFFICIENTS, DTYPES, check_factors, check_matrix, check_own_rounding
 from ttt_fast.rounding import compute_dtype
 
@@ -132,14 +132,7 @@ def delta_linear(
     if append is not None:
         tensors.append(("append", append, ("B", "M", "in"), ()))
     check_factors("delta_linear", x, tensors, {})
-    chosen = choose("delta_linear", x.device.type, backend)
-    if chosen == "cpp" and x.dtype == torch.float16:
-        if backend == "cpp":
-            raise ValueError(
-                "delta_linear: x is float16, which backend='cpp' does not have; use backend='auto'"
-                " or convert."
-            )
-        chosen = "torch"
+    chosen = choose_but_float16("delta_linear", x, backend)
     wide = compute_dtype(x.dtype)
     if weight is not None and 1 not in weight.stride():
         weight = weight.contiguous()

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttt_fast.dispatch import choose
+from ttt_fast.dispatch import choose, choose_but_float16
 from ttt_fast.layer_reference import GLU_ACTIVATIONS
-from ttt_fast.op_checks import check_factors
+from ttt_fast.op_checks import check_factors, with_rows
 from ttt_fast.rounding import compute_dtype
 
 
@@ -92,8 +92,8 @@ def linears(x: Tensor, weights: Sequence[Tensor], *, backend: str = "auto") -> l
     """Several linear layers of one input:  y_i = x W_iᵀ,  for few rows of x.
 
     In the compute type, y rounded once. In C++ W is read as it lies, once, while the next of it is
-    fetched: what a library spends on copying W into another order is worth it only from some 64
-    rows of x on. Queries, keys and values are one call, and so are gate and up.
+    fetched; libraries copy it into another order first, which many rows are worth. Queries, keys
+    and values are one call, and so are gate and up.
 
     Args:
         x: (..., in).
@@ -107,7 +107,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], *, backend: str = "auto") -> l
         ValueError: shapes, dtypes or devices do not agree, or the backend cannot run there.
     """
     chosen = _linears_backend("linears", [("x", x, "in")] * len(weights), weights, backend)
-    return torch.ops.ttt_fast.linears(x.contiguous(), _by_rows(weights), backend=chosen)
+    return torch.ops.ttt_fast.linears(x.contiguous(), [*map(with_rows, weights)], backend=chosen)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def linears_backward(
     given = [(f"dys[{i}]", dy, "out") for i, dy in enumerate(dys)]
     chosen = _linears_backend(op, given, weights, backend)
     return torch.ops.ttt_fast.linears_backward(
-        [dy.contiguous() for dy in dys], _by_rows(weights), backend=chosen
+        [dy.contiguous() for dy in dys], [*map(with_rows, weights)], backend=chosen
     )
 
 
@@ -151,18 +151,7 @@ def _linears_backend(
         sizes = dict(shared)
         check_factors(op, lead, tensors, sizes)
         shared = {axis: size for axis, size in sizes.items() if axis != "out"}
-    chosen = choose(op, lead.device.type, backend)
-    if chosen == "cpp" and lead.dtype == torch.float16:
-        if backend == "cpp":
-            raise ValueError(
-                f"{op}: float16 is what backend='cpp' does not have; use backend='auto' or convert."
-            )
-        chosen = "torch"
-    return chosen
-
-
-def _by_rows(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [w if w.stride(1) == 1 else w.contiguous() for w in weights]
+    return choose_but_float16(op, lead, backend)
 
 
 @torch.no_grad()
@@ -271,7 +260,7 @@ def rotary(
         raise ValueError(
             f"rotary: cos has {turned} columns; they must be even, at most the {width} of x."
         )
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    x, cos, sin = map(with_rows, (x, cos, sin))
     return torch.ops.ttt_fast.rotary(
         x, cos, sin, transposed=transposed, backend=choose("rotary", x.device.type, backend)
     )
@@ -331,7 +320,7 @@ def attention_backward(
         )
         axes = axes if mask.dim() == 4 else tuple("BHTS")
         check_factors(op, q, [("mask", mask, axes, (torch.bool, q.dtype))], sizes | {"1": 1})
-    rows = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dy, q, k, v, mask))
+    rows = map(with_rows, (dy, q, k, v, mask))
     return torch.ops.ttt_fast.attention_backward(
         *rows, scale=scale, causal=causal, backend=choose(op, q.device.type, backend)
     )

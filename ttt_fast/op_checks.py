@@ -145,6 +145,11 @@ def check_factors(
             )
 
 
+def with_rows(x: Tensor | None) -> Tensor | None:
+    """Return x, its rows consecutive."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def check_momentum(
     op: str, momentum: float, momentum_buffers: Sequence[Tensor], params: Sequence[Tensor]
 ) -> None:

@@ -99,19 +99,18 @@ struct DeltaLinear {
         i = stop;
       }
     });
-    const int64_t unit = kWideColumns;  // d is met by columns
-    const int64_t parts = std::max<int64_t>(1, (call.out + unit - 1) / unit);
+    const int64_t parts = std::max<int64_t>(1, (call.out + kWideColumns - 1) / kWideColumns);
     const int64_t tokens = call.batch * call.tokens;
     parallel_ranges(parts, 1, [&](int64_t first, int64_t last) {
       if (call.append != nullptr) append(tokens * first / parts, tokens * last / parts);
       // By columns, the whole range at a time: the rows of W are then read as they lie.
-      const int64_t step = (call.weight_by_columns ? last - first : 1) * unit;
+      const int64_t step = (call.weight_by_columns ? last - first : 1) * kWideColumns;
       // A block of its own while it is small: rows of y lie pages apart.
       const bool own = !(std::is_same_v<C, S> && call.weight_by_columns);
       const std::unique_ptr<C[]> scratch(own ? new C[size_t(call.batch * call.tokens * step)]
                                              : nullptr);
-      const int64_t end = std::min(call.out, last * unit);
-      for (int64_t c = first * unit; c < end; c += step) {
+      const int64_t end = std::min(call.out, last * kWideColumns);
+      for (int64_t c = first * kWideColumns; c < end; c += step) {
         const int64_t n = std::min(step, end - c);
         columns(
             c, n, end,

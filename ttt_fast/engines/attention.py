@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ttt_fast.op_checks import DTYPES
+from ttt_fast.op_checks import DTYPES, with_rows
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -132,8 +132,3 @@ class _Attention(torch.autograd.Function):
         found = ctx.run(*map(with_rows, (dy.transpose(1, 2), *ctx.saved_tensors)))
         needed = zip(found, ctx.needs_input_grad, strict=False)
         return *(d if n else None for d, n in needed), None, None, None
-
-
-def with_rows(x: Tensor | None) -> Tensor | None:
-    """Return x, its rows consecutive."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()

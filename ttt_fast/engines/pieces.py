@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ttt_fast import ops, reference
-from ttt_fast.engines.attention import Interfaces, with_rows
+from ttt_fast.engines.attention import Interfaces
 from ttt_fast.engines.frozen import LinearPiece, SameInput, frozen_mlp
 from ttt_fast.engines.products import most_rows
-from ttt_fast.op_checks import DTYPES
+from ttt_fast.op_checks import DTYPES, with_rows
 from ttt_fast.rounding import compute_dtype
 
 # Classes of transformers: y = w ∘ round(x / rms), round(w ∘ x / rms) and round((1 + w) ∘ x / rms),
