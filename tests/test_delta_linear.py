@@ -244,10 +244,11 @@ def test_cpp_at_odd_sizes(dtype, kind, rho, batch, tokens):
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("rho", [False, True], ids=["no rho", "rho"])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 20), (3, 7), (2, 45)])
-def test_cpp_in_bfloat16_at_sizes_of_tiles(kind, rho, batch, tokens):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpp_at_sizes_of_tiles(kind, rho, batch, tokens, dtype):
     """Where the processor has matrix tiles, their product; the delta is added before rounding."""
     for rank, width, out in ((0, 32, 96), (5, 160, 64), (61, 64, 224)):
-        args = case(batch, tokens, rank, width, out, torch.bfloat16, rho=rho, spare=3, seed=rank)
+        args = case(batch, tokens, rank, width, out, dtype, rho=rho, spare=3, seed=rank)
         given = {"rows": args, "columns": in_columns(args)}[kind]
         actual = ops.delta_linear(*given, backend="cpp")
         assert_no_worse(actual, same_dtype(*args), oracle(*args), f"{(rank, width, out)}")

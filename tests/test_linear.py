@@ -14,7 +14,11 @@ LINEAR_SHAPES = [(5, 33), (1, 1, 33), (2, 7, 33), (33,), (2, 3, 2, 33), (256, 33
 def is_ours(monkeypatch, x, weight, most=256):
     """Whether linear takes our product for these, of up to so many rows, and its result."""
     calls = []
-    monkeypatch.setattr(products, "most_rows", lambda *_: most)
+
+    def most_rows(dtype, by_rows, tiled):
+        return 0 if dtype == torch.bfloat16 and not tiled else most
+
+    monkeypatch.setattr(products, "most_rows", most_rows)
     real = products._few_rows
     monkeypatch.setattr(products, "_few_rows", lambda op: (calls.append(op), real(op))[1])
     y = linear(x, weight)
@@ -51,6 +55,7 @@ def test_linear_of_everything_else_is_torchs(monkeypatch, shape, dtype):
     x, weight = torch.randn(shape).to(dtype), torch.randn(65, shape[-1]).to(dtype)
     known = products.most_rows(dtype)
     assert (known > 0) <= (dtype in (torch.float32, torch.bfloat16))
+    assert products.most_rows(dtype, tiled=False) <= known
     most = 256 if dtype in (torch.float32, torch.bfloat16) else known
     ours, y = is_ours(monkeypatch, x, weight, most)
     assert not ours

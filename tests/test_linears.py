@@ -17,10 +17,12 @@ variants = pytest.mark.parametrize(
         if (*backend.values, dtype) != ("cpp", torch.float16)
     ],
 )
-# Rows of x; columns of it; rows of each W. Multiples of 32 are what tiles take.
+# Rows of x; columns of it; rows of each W. Multiples of 32 are what tiles take; in float32 from 16
+# rows on, up to 256 rows and 768 columns at a time.
 SHAPES = [
     ((1,), 1, (1,)), ((3, 7), 33, (65, 1, 40)), ((2, 10), 96, (64, 32)), ((17,), 576, (192, 64)),
     ((70,), 160, (96, 33)), ((33,), 2100, (64,)), ((), 64, (32, 32)), ((48,), 64, (1024, 32)),
+    ((16,), 32, (32,)), ((3, 15), 160, (96, 32)), ((300,), 1056, (32, 800)),
 ]  # fmt: skip
 
 
@@ -65,6 +67,15 @@ def test_products_are_those_of_float64_rounded_once(backend, dtype, shape):
 
 
 @backends
+@pytest.mark.parametrize("rows", [20, 64, 300])
+def test_float32_is_as_near_to_float64_as_torchs(backend, rows):
+    found, exact, _ = run_all(((rows,), 576, (1536, 192)), torch.float32, backend)
+    theirs, *_ = run_all(((rows,), 576, (1536, 192)), torch.float32, "torch")
+    for y, e, reference in zip(found, exact, theirs, strict=True):
+        assert (y.double() - e).norm() <= 1.2 * (reference.double() - e).norm()
+
+
+@backends
 def test_a_sum_is_rounded_once(backend):
     """Two gradients that cancel leave what a sum of rounded ones has lost."""
     weight = torch.full((32, 32), 1.0, dtype=torch.bfloat16)
@@ -106,28 +117,46 @@ def test_nothing_gives_nothing(backend, dtype, shape):
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_nan_stays_with_its_token(backend, dtype):
-    x, dys, weights = case(((20,), 96, (64, 32)), dtype)
+@pytest.mark.parametrize("rows", [12, 40])
+def test_a_nan_stays_with_its_token(backend, dtype, rows):
+    x, dys, weights = case(((rows,), 96, (64, 32)), dtype)
     clean = [*ops.linears(x, weights, backend=backend)]
     clean.append(ops.linears_backward(dys, weights, backend=backend))
     x[3, 5] = dys[0][3, 5] = torch.nan
     found = [*ops.linears(x, weights, backend=backend)]
     found.append(ops.linears_backward(dys, weights, backend=backend))
-    others = torch.arange(20) != 3
+    others = torch.arange(rows) != 3
     for y, expected in zip(found, clean, strict=True):
         assert y[3].isnan().all() and torch.equal(y[others], expected[others])
 
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_not_finite_in_a_weight_is_seen(backend, dtype):
-    x, dys, weights = case(((20,), 96, (64, 32)), dtype)
+@pytest.mark.parametrize("rows", [12, 40])
+def test_what_is_not_finite_in_a_weight_is_seen(backend, dtype, rows):
+    x, dys, weights = case(((rows,), 96, (64, 32)), dtype)
     weights[1][7, 9] = torch.inf
     assert not ops.linears(x, weights, backend=backend)[1][:, 7].isfinite().any()
     dx = ops.linears_backward(dys, weights, backend=backend)
     # The column beside it may share that (csrc/cpu/tiles.h), no other one.
     assert not dx[:, 9].isfinite().any() and dx[:, :8].isfinite().all()
     assert dx[:, 10:].isfinite().all()
+
+
+@backends
+@pytest.mark.parametrize("scale", [2.0**-136, 2.0**-100, 2.0**100], ids=str)
+def test_floats_of_any_size(backend, scale):
+    """Parts of a float that are too small for one are lost: less than 2⁻¹²⁶ for each term."""
+    x, dys, weights = case(((40,), 96, (64, 32)), torch.float32)
+    x, dys = x * scale, [dy * scale for dy in dys]
+    found = [*ops.linears(x, weights, backend=backend)]
+    found.append(ops.linears_backward(dys, weights, backend=backend))
+    wide = [w.double() for w in weights]
+    exact = [x.double() @ w.t() for w in wide]
+    exact.append(sum(dy.double() @ w for dy, w in zip(dys, wide, strict=True)))
+    lost = 96 * 8 * 2.0**-126
+    for y, e in zip(found, exact, strict=True):
+        assert bool(((y.double() - e).abs() <= 3e-5 * scale + lost).all())
 
 
 @pytest.mark.parametrize("backend", backend_params()[1:])
@@ -143,8 +172,21 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(backend, dtype, out
     first, *others = for_each_number_of_threads(run)
     for other in others:
         assert all(map(torch.equal, first, other))
-    for whole, alone in zip(first, run(slice(5, 6)), strict=True):
-        assert torch.equal(whole[5:6], alone)
+    # Tiles take floats from 16 rows on, and sum them in another order than vectors do.
+    some = slice(5, 30) if dtype == torch.float32 else slice(5, 6)
+    for whole, alone in zip(first, run(some), strict=True):
+        assert torch.equal(whole[some], alone)
+
+
+@pytest.mark.parametrize("backend", backend_params()[1:])
+def test_few_floats_do_not_depend_on_other_rows(backend):
+    x, dys, weights = case(((15,), 96, (64, 32)), torch.float32)
+    for rows in (slice(None, 1), slice(7, 15)):
+        alone = ops.linears(x[rows], weights, backend=backend)
+        alone.append(ops.linears_backward([dy[rows] for dy in dys], weights, backend=backend))
+        whole = ops.linears(x, weights, backend=backend)
+        whole.append(ops.linears_backward(dys, weights, backend=backend))
+        assert all(torch.equal(y[rows], part) for y, part in zip(whole, alone, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def delta_linear(
 
     The gradient at its input is the same op with Wᵀ for W and a, d swapped:
     ``delta_linear(dy, weight.t(), d, a, beta, rho)``. Everything is in the compute type and y is
-    rounded once, so that a delta below the rounding of x Wᵀ is not lost. Not differentiable.
+    rounded once, so that a delta below the rounding of x Wᵀ is not lost. In C++ x Wᵀ is made as
+    :func:`linears` makes it. Not differentiable.
 
     Args:
         x: inputs, (B, M, in).

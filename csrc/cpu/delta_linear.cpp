@@ -6,6 +6,7 @@
 // Reference: delta_linear in ttt_fast/factor_reference.py.
 #include <cstring>
 
+#include "float_tiles.h"
 #include "operand.h"
 
 namespace ttt_fast {
@@ -14,16 +15,40 @@ namespace {
 constexpr int64_t kBlocks = 4;      // rows of a that are worth a thread together
 constexpr int64_t kWork = 1 << 19;  // products of x and a that are worth a thread
 
+// x W' as a call of linears.
+LinearsCall base_of(const DeltaLinearCall& call) {
+  void* const x = const_cast<void*>(call.x);
+  const int64_t rows = call.batch * call.tokens;
+  if (call.weight_by_columns) {
+    return {rows,
+            call.out,
+            call.dtype,
+            true,
+            nullptr,
+            call.y,
+            {{call.weight, call.in, call.weight_stride, x}}};
+  }
+  return {rows,
+          call.in,
+          call.dtype,
+          false,
+          x,
+          nullptr,
+          {{call.weight, call.out, call.weight_stride, call.y}}};
+}
+
 // One call with its matrices in their types: arithmetic in C, storage in S.
 template <class C, class S>
 struct DeltaLinear {
   const DeltaLinearCall& call;
+  bool base_made;  // whether y is x W' already
   bool tiles;
   Operand<C, S> x;
   std::unique_ptr<C[]> scores;  // (x a') o -beta, (batch, tokens, rank)
 
-  explicit DeltaLinear(const DeltaLinearCall& c)
+  DeltaLinear(const DeltaLinearCall& c, bool base_made)
       : call(c),
+        base_made(base_made),
         tiles(c.weight != nullptr && takes_tiles<S>(c.in, c.out)),
         x(c.x, c.batch * c.tokens, c.in, c.dtype,
           c.weight_by_columns ? Weight::kByColumns : Weight::kByRows, tiles, c.rank > 0),
@@ -49,17 +74,19 @@ struct DeltaLinear {
     }
   }
 
-  // block = rho x W', columns [c, c + n), to be followed by those up to `end`.
+  // block = x W', columns [c, c + n), to be followed by those up to `end`.
   void base(int64_t c, int64_t n, int64_t end, Matrix<C> block) const {
-    const int64_t tokens = call.batch * call.tokens, stride = call.weight_stride;
+    const int64_t stride = call.weight_stride;
     const S* const weight = static_cast<const S*>(call.weight);
     if (call.weight_by_columns) {
       x.times_columns({weight + c, stride}, n, block, false);
     } else {
       x.times_rows({weight + c * stride, stride}, n, end - c - n, block);
     }
-    if (call.rho == nullptr) return;
-    for (int64_t t = 0; t < tokens; ++t) {
+  }
+
+  void scale(int64_t n, Matrix<C> block) const {
+    for (int64_t t = 0; t < call.batch * call.tokens; ++t) {
       const C rho = static_cast<const C*>(call.rho)[t / call.tokens];
       for (int64_t k = 0; k < n; ++k) *block.at(t, k) *= rho;
     }
@@ -69,7 +96,8 @@ struct DeltaLinear {
   // up to `end` follow.
   void columns(int64_t c, int64_t n, int64_t end, Matrix<C> block) const {
     const bool has_base = call.weight != nullptr;
-    if (has_base) base(c, n, end, block);
+    if (has_base && !base_made) base(c, n, end, block);
+    if (has_base && call.rho != nullptr) scale(n, block);
     for (int64_t b = 0; b < call.batch && !(has_base && call.rank == 0); ++b) {
       const Matrix<C> h = scores_of(b, 0);
       multiply({h.data, h.stride, 1}, call.tokens, call.rank, rows(call.d, b, 0, c), n,
@@ -104,9 +132,10 @@ struct DeltaLinear {
     parallel_ranges(parts, 1, [&](int64_t first, int64_t last) {
       if (call.append != nullptr) append(tokens * first / parts, tokens * last / parts);
       // By columns, the whole range at a time: the rows of W are then read as they lie.
-      const int64_t step = (call.weight_by_columns ? last - first : 1) * kWideColumns;
+      const bool whole = call.weight_by_columns || base_made;
+      const int64_t step = (whole ? last - first : 1) * kWideColumns;
       // A block of its own while it is small: rows of y lie pages apart.
-      const bool own = !(std::is_same_v<C, S> && call.weight_by_columns);
+      const bool own = !(std::is_same_v<C, S> && whole);
       const std::unique_ptr<C[]> scratch(own ? new C[size_t(call.batch * call.tokens * step)]
                                              : nullptr);
       const int64_t end = std::min(call.out, last * kWideColumns);
@@ -123,15 +152,17 @@ struct DeltaLinear {
 }  // namespace
 
 void delta_linear_cpu(const DeltaLinearCall& call) {
+  const bool base_first = call.weight != nullptr && float_tiles_take(base_of(call));
+  if (base_first) float_tiles_linears(base_of(call));
   switch (call.dtype) {
     case Dtype::F64:
-      DeltaLinear<double, double>(call).run();
+      DeltaLinear<double, double>(call, false).run();
       break;
     case Dtype::BF16:
-      DeltaLinear<float, uint16_t>(call).run();
+      DeltaLinear<float, uint16_t>(call, false).run();
       break;
     default:
-      DeltaLinear<float, float>(call).run();
+      DeltaLinear<float, float>(call, base_first).run();
       break;
   }
 }

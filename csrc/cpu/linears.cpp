@@ -5,6 +5,7 @@
 // that memory bounds few rows, arithmetic many. Reference: linears in ttt_fast/layer_reference.py.
 #include <algorithm>
 
+#include "float_tiles.h"
 #include "operand.h"
 
 namespace ttt_fast {
@@ -77,6 +78,7 @@ void run(const LinearsCall& call) {
 }  // namespace
 
 void linears_cpu(const LinearsCall& call) {
+  if (float_tiles_take(call)) return float_tiles_linears(call);
   switch (call.dtype) {
     case Dtype::F64:
       return run<double, double>(call);

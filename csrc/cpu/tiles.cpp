@@ -13,14 +13,10 @@
 #include "tiles.h"
 
 #include <cstring>
-#include <memory>
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 12)
-#define TTT_TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
-// GCC 12 takes what its own header leaves open for an oversight.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#include "amx.h"
+
+#if defined(TTT_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -48,36 +44,16 @@ bool has_tiles() {
 
 namespace {
 
-constexpr int64_t kBlock16 = 16;    // rows of a tile
-constexpr int64_t kRowBytes = 64;   // of a tile
-constexpr int64_t kTile = 256;      // 4-byte elements of a tile
 constexpr int64_t kDepth = 128;     // rows of W at a time, times blocks of tokens (x W)
 constexpr int64_t kTilesEach = 64;  // to be written that are worth a thread
-
-// All eight registers are tiles of so many rows of 64 bytes, until _tile_release(); but for
-// `whole`, which has 16.
-TTT_TILES void configure_tiles(int64_t rows = kBlock16, int whole = 0) {
-  struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; ++i) config.rows[i] = uint8_t(i == whole ? kBlock16 : rows);
-  _tile_loadconfig(&config);
-}
-
-// Of a tile (16, 16) of floats.
-TTT_TILES inline __m512 column(const float* tile, int64_t i) {
-  const __m512i rows =
-      _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-  return _mm512_i32gather_ps(rows, tile + i, sizeof(float));
-}
 
 // One tile of the first 16 or fewer rows of x, pairs of a column next to each other.
 TTT_TILES void write_tile(Matrix<const uint16_t> x, int64_t rows, uint32_t* tile) {
   alignas(64) float own[kTile] = {};
   for (int64_t i = 0; i < rows; ++i) std::memcpy(own + i * 16, x.at(i, 0), kRowBytes);
-  for (int64_t i = 0; i < kBlock16; ++i) _mm512_storeu_ps(tile + i * 16, column(own, i));
+  __m512 columns[kBlock16];
+  transpose(own, columns);
+  for (int64_t i = 0; i < kBlock16; ++i) _mm512_storeu_ps(tile + i * 16, columns[i]);
 }
 
 }  // namespace
@@ -86,12 +62,12 @@ TiledRows::TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n)
     : rows_(rows),
       n_(n),
       blocks_((rows + 2 * kBlock16 - 1) / (2 * kBlock16) * 2),
-      data_(size_t(blocks_ * n / kTileSide * kTile)) {
+      data_(blocks_ * n / kTileSide * kTile) {
   const int64_t grain = 1 + kTilesEach / (1 + blocks_);
   parallel_ranges(n / kTileSide, grain, [&](int64_t from, int64_t to) {
     for (int64_t k = from; k < to; ++k) {
       for (int64_t first = 0; first < rows; first += kBlock16) {
-        uint32_t* const tile = &data_[size_t((k * blocks_ + first / kBlock16) * kTile)];
+        uint32_t* const tile = data_.data() + (k * blocks_ + first / kBlock16) * kTile;
         write_tile({x.at(first, k * kTileSide), x.stride}, std::min(kBlock16, rows - first), tile);
       }
     }
@@ -127,12 +103,8 @@ TTT_TILES void tiles_by_rows(const TiledRows& x, Matrix<const uint16_t> w, int64
       _tile_stored(1, sums[1], kRowBytes);
       _tile_stored(2, sums[2], kRowBytes);
       _tile_stored(3, sums[3], kRowBytes);
-      const int64_t first = b * kBlock16, count = std::min(kTileSide, x.rows() - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* const tile = sums[i / kBlock16 * 2];
-        _mm512_storeu_ps(y.at(first + i, r), column(tile, i % kBlock16));
-        _mm512_storeu_ps(y.at(first + i, r + kBlock16), column(tile + kTile, i % kBlock16));
-      }
+      const int64_t first = b * kBlock16;
+      store_transposed(sums[0], x.rows() - first, {y.at(first, r), y.stride}, false);
     }
   }
   _tile_release();
@@ -173,19 +145,19 @@ TTT_TILES inline void column_tiles(const uint32_t* x, int64_t step, Matrix<const
     for (int64_t i = r + kBlock16; i < std::min(r + 2 * kBlock16, rows); ++i) {
       __builtin_prefetch(w.at(i, 0), 0, 3);
     }
-    _tile_loadd(4, w.at(r, 0), stride);
-    _tile_loadd(5, x, kRowBytes);
-    _tile_loadd(6, x + kTile, kRowBytes);
-    _tile_dpbf16ps(0, 5, 4);
+    _tile_loadd(7, w.at(r, 0), stride);
+    _tile_loadd(4, x, kRowBytes);
+    _tile_loadd(5, x + kTile, kRowBytes);
+    _tile_dpbf16ps(0, 4, 7);
     ahead.fetch();
-    _tile_dpbf16ps(1, 6, 4);
+    _tile_dpbf16ps(1, 5, 7);
     if constexpr (kBlocks == 2) {
       ahead.fetch();
-      _tile_loadd(7, x + 2 * kTile, kRowBytes);
-      _tile_loadd(5, x + 3 * kTile, kRowBytes);
-      _tile_dpbf16ps(2, 7, 4);
+      _tile_loadd(6, x + 2 * kTile, kRowBytes);
+      _tile_loadd(4, x + 3 * kTile, kRowBytes);
+      _tile_dpbf16ps(2, 6, 7);
       ahead.fetch();
-      _tile_dpbf16ps(3, 5, 4);
+      _tile_dpbf16ps(3, 4, 7);
     }
   }
   _tile_stored(0, sums, kRowBytes);
@@ -217,11 +189,10 @@ TTT_TILES void tiles_by_columns(Matrix<const uint16_t> x, int64_t tokens, int64_
   const int64_t most = std::max(kTileSide, kDepth / blocks / kTileSide * kTileSide);
   // For each block and 32 columns the sums while the rows of W go by; x that meets some of these.
   const int64_t pair = 2 * kTile, step = blocks * pair, numel = columns / kTileSide * step;
-  const size_t room = size_t(numel + most / kBlock16 * step + 16);
-  const std::unique_ptr<float[]> memory(new float[room]);
-  float* const sums = reinterpret_cast<float*>((uintptr_t(memory.get()) + 63) / 64 * 64);
-  uint32_t* const tiles = reinterpret_cast<uint32_t*>(sums + numel);
-  configure_tiles(each, 4);
+  const Lines memory(numel + most / kBlock16 * step);
+  uint32_t* const tiles = memory.data();
+  float* const sums = reinterpret_cast<float*>(tiles + most / kBlock16 * step);
+  configure_tiles(each, 7);
   for (int64_t from = 0; from < n; from += most) {
     const int64_t rows = std::min(most, n - from), next = from + rows;
     for (int64_t i = 0; i < rows / kBlock16 * blocks; ++i) {
@@ -229,6 +200,7 @@ TTT_TILES void tiles_by_columns(Matrix<const uint16_t> x, int64_t tokens, int64_
       write_pairs({x.at(first, from + i / blocks * kBlock16), x.stride},
                   std::min(each, tokens - first), tiles + i * pair);
     }
+    finish_writes();
     const int64_t times = columns / kTileSide * (rows / kBlock16) * ((blocks + 1) / 2);
     Ahead<uint16_t> ahead({w.at(next, 0), w.stride}, std::min(most, n - next), columns, 4 * times);
     for (int64_t c = 0; c < columns; c += kTileSide) {
@@ -252,7 +224,7 @@ TTT_TILES void tiles_by_columns(Matrix<const uint16_t> x, int64_t tokens, int64_
 bool has_tiles() { return false; }
 
 TiledRows::TiledRows(Matrix<const uint16_t>, int64_t rows, int64_t n)
-    : rows_(rows), n_(n), blocks_(0) {}
+    : rows_(rows), n_(n), blocks_(0), data_(0) {}
 
 void tiles_by_rows(const TiledRows&, Matrix<const uint16_t>, int64_t, int64_t, Matrix<float>) {}
 

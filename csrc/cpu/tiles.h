@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "ahead.h"
 
@@ -18,6 +18,20 @@ bool is_intel();
 // Rows and columns of W have to be multiples of this.
 constexpr int64_t kTileSide = 32;
 
+// Memory from the begin of a line of the cache on, so that a row of a tile lies in one.
+class Lines {
+ public:
+  explicit Lines(int64_t numel) : memory_(new uint32_t[size_t(numel) + kLineNumel]) {}
+  uint32_t* data() const {
+    const auto start = reinterpret_cast<uintptr_t>(memory_.get()) + 4 * kLineNumel - 1;
+    return reinterpret_cast<uint32_t*>(start / (4 * kLineNumel) * (4 * kLineNumel));
+  }
+
+ private:
+  static constexpr uintptr_t kLineNumel = 16;
+  std::unique_ptr<uint32_t[]> memory_;
+};
+
 // Rows of bfloat16 numbers in the order in which tiles are read.
 class TiledRows {
  public:
@@ -25,12 +39,14 @@ class TiledRows {
   int64_t rows() const { return rows_; }
   int64_t n() const { return n_; }
   // Columns [32 k, 32 k + 32) of rows [16 b, 16 b + 16).
-  const uint32_t* tile(int64_t b, int64_t k) const { return &data_[(k * blocks_ + b) * 256]; }
+  const uint32_t* tile(int64_t b, int64_t k) const {
+    return data_.data() + (k * blocks_ + b) * 256;
+  }
   int64_t pairs() const { return blocks_ / 2; }
 
  private:
   int64_t rows_, n_, blocks_;
-  std::vector<uint32_t> data_;
+  Lines data_;
 };
 
 // y (x.rows, rows) = x w (rows, x.n)', after which `more` rows of w are needed.

@@ -322,18 +322,20 @@ class Scratch:
 
 
 @functools.cache
-def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
+def most_rows(dtype: torch.dtype, by_rows: bool = True, tiled: bool = True) -> int:
     """Rows of x up to which the product that reads W as it lies is the faster one on this CPU.
 
     Others copy W into another order first. Measured on SmolLM2's shapes, weights not in the cache:
     on an EPYC (Zen 4) torch's take 1.3 to 2 times as long at 20 to 64 rows and as long at 320; on a
-    Xeon with AMX 1.2 to 1.7 times at 20 rows, as long at 64 for x Wᵀ and at 32 for x W. In bfloat16
-    that Xeon's tiles take 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192, and for x W 0.6
-    to 0.8, as long at 48.
+    Xeon with AMX 1.2 to 1.7 times at 20 rows, as long at 64 for x Wᵀ and at 32 for x W. With that
+    Xeon's tiles torch's take 1.1 to 1.8 times as long at 32 to 1024 rows in float32 and as long for
+    x W at 4096; in bfloat16 ours takes 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192,
+    and for x W 0.6 to 0.8, as long at 48.
 
     Args:
         dtype: of x and W.
         by_rows: whether W is stored as x Wᵀ reads it; x W reads it across.
+        tiled: whether tiles take W: its sides are multiples of :data:`TILE_SIDE`.
 
     Returns:
         0 where there is no such product.
@@ -341,9 +343,12 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True) -> int:
     known = torch.ops.ttt_fast_cpp if available_backends()["cpp"] == "ok" else None
     if known is None or dtype not in (torch.float32, torch.bfloat16):
         return 0
-    if dtype == torch.float32:
-        return 256 if not known.is_intel() else 64 if by_rows else 32
-    return 0 if not known.has_tiles() else 192 if by_rows else 48
+    tiled = tiled and known.has_tiles()
+    if dtype == torch.bfloat16:
+        return 0 if not tiled else 192 if by_rows else 48
+    if tiled:
+        return 4096
+    return 256 if not known.is_intel() else 64 if by_rows else 32
 
 
 TILE_SIDE = 32  # kTileSide in csrc/cpu/tiles.h
@@ -414,8 +419,6 @@ def reads_as_it_lies(x: Tensor, weight: Tensor, rows: int) -> bool:
     """Whether the product that reads W as it lies is the faster one of so many rows x with W."""
     if rows == 0 or not x.is_cpu:
         return False
-    across, along = weight.stride()
-    if rows > most_rows(x.dtype, along == 1) or 1 not in (across, along):
-        return False
-    out, width = weight.shape
-    return x.dtype == torch.float32 or out % TILE_SIDE == 0 == width % TILE_SIDE
+    (across, along), (out, width) = weight.stride(), weight.shape
+    tiled = out % TILE_SIDE == 0 == width % TILE_SIDE
+    return 1 in (across, along) and rows <= most_rows(x.dtype, along == 1, tiled)
