@@ -19,8 +19,12 @@ from ttt_fast import ops
 MODEL = MODELS["SmolLM2-135M"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(1, torch.float32), (20, torch.float32), (256, torch.float32), (1, torch.bfloat16),
+     (20, torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
 def bench_linears(compare: Callable[..., None], tokens: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
 
