@@ -17,12 +17,12 @@ variants = pytest.mark.parametrize(
         if (*backend.values, dtype) != ("cpp", torch.float16)
     ],
 )
-# Rows of x; columns of it; rows of each W. Multiples of 32 are what tiles take; in float32 from 16
+# Rows of x; columns of it; rows of each W. Multiples of 32 are what tiles take; in float32 from 24
 # rows on, up to 256 rows and 768 columns at a time.
 SHAPES = [
     ((1,), 1, (1,)), ((3, 7), 33, (65, 1, 40)), ((2, 10), 96, (64, 32)), ((17,), 576, (192, 64)),
     ((70,), 160, (96, 33)), ((33,), 2100, (64,)), ((), 64, (32, 32)), ((48,), 64, (1024, 32)),
-    ((16,), 32, (32,)), ((3, 15), 160, (96, 32)), ((300,), 1056, (32, 800)),
+    ((24,), 32, (32,)), ((3, 15), 160, (96, 32)), ((300,), 1056, (32, 800)),
 ]  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(backend, dtype, out
     first, *others = for_each_number_of_threads(run)
     for other in others:
         assert all(map(torch.equal, first, other))
-    # Tiles take floats from 16 rows on, and sum them in another order than vectors do.
+    # Tiles take floats from 24 rows on, and sum them in another order than vectors do.
     some = slice(5, 30) if dtype == torch.float32 else slice(5, 6)
     for whole, alone in zip(first, run(some), strict=True):
         assert torch.equal(whole[some], alone)
@@ -180,8 +180,8 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(backend, dtype, out
 
 @pytest.mark.parametrize("backend", backend_params()[1:])
 def test_few_floats_do_not_depend_on_other_rows(backend):
-    x, dys, weights = case(((15,), 96, (64, 32)), torch.float32)
-    for rows in (slice(None, 1), slice(7, 15)):
+    x, dys, weights = case(((23,), 96, (64, 32)), torch.float32)
+    for rows in (slice(None, 1), slice(7, 23)):
         alone = ops.linears(x[rows], weights, backend=backend)
         alone.append(ops.linears_backward([dy[rows] for dy in dys], weights, backend=backend))
         whole = ops.linears(x, weights, backend=backend)

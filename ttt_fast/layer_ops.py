@@ -95,7 +95,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], *, backend: str = "auto") -> l
     fetched; libraries copy it into another order first, which many rows are worth. Queries, keys
     and values are one call, and so are gate and up.
 
-    With Intel's matrix registers (AMX) and sides of W that are multiples of 32, 16 rows or more of
+    With Intel's matrix registers (AMX) and sides of W that are multiples of 32, 24 rows or more of
     float32 are multiplied as sums of three bfloat16 (csrc/cpu/float_tiles.h): as near to the exact
     result as float32's own products, but other bits than for fewer rows; what is not finite gives
     NaN, and what is below 2⁻¹²⁶ is lost.
