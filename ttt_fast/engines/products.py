@@ -328,9 +328,9 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True, tiled: bool = True) -> i
     Others copy W into another order first. Measured on SmolLM2's shapes, weights not in the cache:
     on an EPYC (Zen 4) torch's take 1.3 to 2 times as long at 20 to 64 rows and as long at 320; on a
     Xeon with AMX 1.2 to 1.7 times at 20 rows, as long at 64 for x Wᵀ and at 32 for x W. With that
-    Xeon's tiles torch's take 1.1 to 1.8 times as long at 32 to 1024 rows in float32 and as long for
-    x W at 4096; in bfloat16 ours takes 0.6 of oneDNN's time for x Wᵀ at 20 rows, as long at 192,
-    and for x W 0.6 to 0.8, as long at 48.
+    Xeon's tiles torch's take 0.9 to 1.8 times as long at 32 rows in float32, 1.1 to 1.8 at 64 to
+    1024, and as long for x W at 4096; in bfloat16 ours takes 0.6 of oneDNN's time for x Wᵀ at 20
+    rows, as long at 192, and for x W 0.6 to 0.8, as long at 48.
 
     Args:
         dtype: of x and W.
