@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.tolerances import assert_no_worse
+from ttt_fast.backend import available_backends
 from ttt_fast.engines import products
 from ttt_fast.engines.products import TILE_SIDE, linear
 
@@ -19,8 +20,8 @@ def is_ours(monkeypatch, x, weight, most=256):
         return 0 if dtype == torch.bfloat16 and not tiled else most
 
     monkeypatch.setattr(products, "most_rows", most_rows)
-    real = products._few_rows
-    monkeypatch.setattr(products, "_few_rows", lambda op: (calls.append(op), real(op))[1])
+    real = products._as_it_lies
+    monkeypatch.setattr(products, "_as_it_lies", lambda op: (calls.append(op), real(op))[1])
     y = linear(x, weight)
     return bool(calls), y
 
@@ -82,6 +83,15 @@ def test_linear_in_bfloat16_rounds_once(monkeypatch, rows, width, out, columns):
     assert torch.equal(linear(x[-1:], weight), y[-1:])
     x[0] = float("nan")
     assert linear(x, weight)[0].isnan().all() and torch.equal(linear(x, weight)[1:], y[1:])
+
+
+def test_many_rows_of_float32_are_ours_only_where_tiles_take_them():
+    if available_backends()["cpp"] != "ok":
+        pytest.skip("the C++ extension is not built")
+    x = torch.zeros(300, 64)
+    tiles = torch.ops.ttt_fast_cpp.has_tiles()
+    assert products.reads_as_it_lies(x, torch.zeros(96, 64), 300) == tiles
+    assert not products.reads_as_it_lies(x, torch.zeros(95, 64), 300)
 
 
 def test_linear_of_a_weight_that_lies_in_neither_order(monkeypatch):

@@ -89,7 +89,7 @@ def _rms_norm_backend(op: str, x: Tensor, weight: Tensor, more: list, backend: s
 
 @torch.no_grad()
 def linears(x: Tensor, weights: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor]:
-    """Several linear layers of one input:  y_i = x W_iᵀ,  for few rows of x.
+    """Several linear layers of one input:  y_i = x W_iᵀ.
 
     In the compute type, y rounded once. In C++ W is read as it lies, once, while the next of it is
     fetched; libraries copy it into another order first, which many rows are worth. Queries, keys

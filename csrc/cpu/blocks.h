@@ -55,6 +55,9 @@ void parallel_ranges(int64_t n, int64_t grain, const F& f) {
   }
 }
 
+// Blocks of at most so many that n are.
+inline int64_t blocks_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
+
 // As many chunks to a thread as make waking it worth while; only this depends on the hardware.
 inline int64_t chunk_grain(const std::vector<Chunk>& chunks) {
   int64_t numel = 0;

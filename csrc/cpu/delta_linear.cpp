@@ -15,26 +15,20 @@ namespace {
 constexpr int64_t kBlocks = 4;      // rows of a that are worth a thread together
 constexpr int64_t kWork = 1 << 19;  // products of x and a that are worth a thread
 
-// x W' as a call of linears.
+// y = x W' as a call of linears: with W' stored by rows it is a gradient at an input.
 LinearsCall base_of(const DeltaLinearCall& call) {
+  const bool turned = call.weight_by_columns;
   void* const x = const_cast<void*>(call.x);
-  const int64_t rows = call.batch * call.tokens;
-  if (call.weight_by_columns) {
-    return {rows,
-            call.out,
-            call.dtype,
-            true,
-            nullptr,
-            call.y,
-            {{call.weight, call.in, call.weight_stride, x}}};
-  }
-  return {rows,
-          call.in,
-          call.dtype,
-          false,
-          x,
-          nullptr,
-          {{call.weight, call.out, call.weight_stride, call.y}}};
+  LinearsCall base = {};
+  base.rows = call.batch * call.tokens;
+  base.in = turned ? call.out : call.in;
+  base.dtype = call.dtype;
+  base.backward = turned;
+  base.x = x;
+  base.dx = call.y;
+  base.layers = {
+      {call.weight, turned ? call.in : call.out, call.weight_stride, turned ? x : call.y}};
+  return base;
 }
 
 // One call with its matrices in their types: arithmetic in C, storage in S.
@@ -118,7 +112,7 @@ struct DeltaLinear {
   }
 
   void run() const {
-    const int64_t blocks = (call.rank + kBlocks - 1) / kBlocks;
+    const int64_t blocks = blocks_of(call.rank, kBlocks);
     const int64_t grain = 1 + kWork / (1 + call.tokens * call.in * kBlocks);
     parallel_ranges(call.batch * blocks, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last;) {
@@ -127,7 +121,7 @@ struct DeltaLinear {
         i = stop;
       }
     });
-    const int64_t parts = std::max<int64_t>(1, (call.out + kWideColumns - 1) / kWideColumns);
+    const int64_t parts = std::max<int64_t>(1, blocks_of(call.out, kWideColumns));
     const int64_t tokens = call.batch * call.tokens;
     parallel_ranges(parts, 1, [&](int64_t first, int64_t last) {
       if (call.append != nullptr) append(tokens * first / parts, tokens * last / parts);
@@ -152,8 +146,9 @@ struct DeltaLinear {
 }  // namespace
 
 void delta_linear_cpu(const DeltaLinearCall& call) {
-  const bool base_first = call.weight != nullptr && float_tiles_take(base_of(call));
-  if (base_first) float_tiles_linears(base_of(call));
+  const LinearsCall base = base_of(call);
+  const bool base_first = call.weight != nullptr && float_tiles_take(base);
+  if (base_first) float_tiles_linears(base);
   switch (call.dtype) {
     case Dtype::F64:
       DeltaLinear<double, double>(call, false).run();

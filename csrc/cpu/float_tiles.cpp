@@ -58,7 +58,7 @@ class Unit {
         to_(to),
         depth_(depth),
         left_(kByRows ? 2 * kBlock16 * (depth > 0) : kBlock16 * depth),
-        pace_((left_ + slots - 1) / slots) {}
+        pace_(blocks_of(left_, slots)) {}
 
   TTT_TILES_INLINE void some() {
     for (int64_t i = 0; i < pace_ && left_ > 0; ++i) row();
@@ -172,9 +172,9 @@ TTT_TILES void meet(const uint32_t* w, const uint32_t* x, int64_t depth, const S
 }
 
 // Memory for two units and sums.
-class Desk {
+class Workspace {
  public:
-  Desk(int64_t depth, int64_t sums)
+  Workspace(int64_t depth, int64_t sums)
       : memory_(2 * numel(depth) + sums),
         now(memory_.data()),
         later(now + numel(depth)),
@@ -188,8 +188,6 @@ class Desk {
   uint32_t *now, *later;  // parts of the unit that is met and of the next
   float* sums;
 };
-
-int64_t blocks_of(int64_t rows, int64_t most) { return (rows + most - 1) / most; }
 
 // A part of x in its parts: at most kTokens rows and kSpan tiles of their columns.
 struct SplitRows {
@@ -233,13 +231,13 @@ struct SplitRows {
 TTT_TILES void by_rows(const SplitRows& x, Matrix<const float> w, int64_t rows, Matrix<float> y,
                        bool add) {
   const int64_t pairs = x.pairs(), most = x.depth();
-  Desk desk(most, pairs * kSumNumel);
+  Workspace work(most, pairs * kSumNumel);
   configure_tiles();
   const auto unit = [&](int64_t row, int64_t k, uint32_t* to, int64_t slots) {
     const int64_t depth = row < rows ? std::min(most, x.tiles - k) : 0;
     return Unit<true>({w.at(row, k * kTileSide), w.stride}, depth, to, slots);
   };
-  unit(0, 0, desk.now, 1).some();
+  unit(0, 0, work.now, 1).some();
   for (int64_t row = 0; row < rows; row += kTileSide) {
     const int64_t below = row + kTileSide;
     Ahead<float> later({w.at(below, 0), w.stride}, std::min(kTileSide, rows - below),
@@ -248,16 +246,16 @@ TTT_TILES void by_rows(const SplitRows& x, Matrix<const float> w, int64_t rows, 
       const int64_t depth = std::min(most, x.tiles - k), slots = depth * pairs * kSlots;
       const bool last = k + depth == x.tiles;
       Unit<true> next =
-          last ? unit(below, 0, desk.later, slots) : unit(row, k + depth, desk.later, slots);
+          last ? unit(below, 0, work.later, slots) : unit(row, k + depth, work.later, slots);
       for (int64_t p = 0; p < pairs; ++p) {
-        const Sums sums = {desk.sums + p * kSumNumel, k == 0, pairs > 1, last || pairs > 1};
+        const Sums sums = {work.sums + p * kSumNumel, k == 0, pairs > 1, last || pairs > 1};
         const auto run = 2 * p + 1 < x.blocks() ? meet<true, 2> : meet<true, 1>;
-        run(desk.now, x.at(2 * p, k), depth, sums, next, later);
+        run(work.now, x.at(2 * p, k), depth, sums, next, later);
         if (!last) continue;
         const int64_t first = p * kTileSide;
         store_transposed(sums.data, x.rows - first, {y.at(first, row), y.stride}, add);
       }
-      std::swap(desk.now, desk.later);
+      std::swap(work.now, work.later);
     }
   }
   _tile_release();
@@ -281,13 +279,13 @@ TTT_TILES void store_rows(const float* sums, int64_t rows, int64_t each, Matrix<
 TTT_TILES void by_columns(const SplitRows& x, Matrix<const float> w, int64_t columns,
                           Matrix<float> y, bool add) {
   const int64_t pairs = x.pairs(), most = x.depth(), across = columns / kTileSide;
-  Desk desk(most, across * pairs * kSumNumel);
+  Workspace work(most, across * pairs * kSumNumel);
   configure_tiles(x.each(), 6);
   const auto unit = [&](int64_t k, int64_t c, uint32_t* to, int64_t slots) {
     const int64_t depth = std::min(most, x.tiles - k);
     return Unit<false>({w.at(k * kTileSide, c * kTileSide), w.stride}, depth, to, slots);
   };
-  unit(0, 0, desk.now, 1).some();
+  unit(0, 0, work.now, 1).some();
   for (int64_t k = 0; k < x.tiles; k += most) {
     const int64_t depth = std::min(most, x.tiles - k), below = k + depth;
     const int64_t slots = pairs * depth * kSlots;
@@ -295,17 +293,17 @@ TTT_TILES void by_columns(const SplitRows& x, Matrix<const float> w, int64_t col
                        std::min(most, x.tiles - below) * kTileSide, columns, slots * across);
     for (int64_t c = 0; c < across; ++c) {
       Unit<false> next =
-          c + 1 < across ? unit(k, c + 1, desk.later, slots) : unit(below, 0, desk.later, slots);
+          c + 1 < across ? unit(k, c + 1, work.later, slots) : unit(below, 0, work.later, slots);
       for (int64_t p = 0; p < pairs; ++p) {
-        const Sums sums = {desk.sums + (c * pairs + p) * kSumNumel, k == 0, true, true};
+        const Sums sums = {work.sums + (c * pairs + p) * kSumNumel, k == 0, true, true};
         const auto run = 2 * p + 1 < x.blocks() ? meet<false, 2> : meet<false, 1>;
-        run(desk.now, x.at(2 * p, k), depth, sums, next, later);
+        run(work.now, x.at(2 * p, k), depth, sums, next, later);
         if (below < x.tiles) continue;
         const int64_t first = 2 * p * x.each();
         store_rows(sums.data, x.rows - first, x.each(), {y.at(first, c * kTileSide), y.stride},
                    add);
       }
-      std::swap(desk.now, desk.later);
+      std::swap(work.now, work.later);
     }
   }
   _tile_release();

@@ -18,19 +18,17 @@ bool all_take_tiles(const LinearsCall& call) {
   });
 }
 
-int64_t parts_of(int64_t columns, int64_t unit) { return (columns + unit - 1) / unit; }
-
 template <class C, class S>
 void forward(const LinearsCall& call) {
   const Operand<C, S> x(call.x, call.rows, call.in, call.dtype, Weight::kByRows,
                         all_take_tiles<S>(call), false);
   int64_t parts = 0;
-  for (const auto& layer : call.layers) parts += parts_of(layer.out, kColumns);
+  for (const auto& layer : call.layers) parts += blocks_of(layer.out, kColumns);
   parallel_ranges(parts, 1, [&](int64_t first, int64_t last) {
     // A block of its own while it is small: rows of y lie pages apart.
     const std::unique_ptr<C[]> scratch(new C[size_t(call.rows * kColumns)]);
     for (const auto& layer : call.layers) {
-      const int64_t count = parts_of(layer.out, kColumns);
+      const int64_t count = blocks_of(layer.out, kColumns);
       const int64_t end = std::min(layer.out, last * kColumns);
       for (int64_t c = std::max<int64_t>(first, 0) * kColumns; c < end; c += kColumns) {
         const int64_t n = std::min(kColumns, end - c);
@@ -53,7 +51,7 @@ void backward(const LinearsCall& call) {
     dys.emplace_back(layer.y, call.rows, layer.out, call.dtype, Weight::kByColumns, tiles, false);
   }
   const int64_t unit = tiles ? kColumns : kWideColumns;
-  parallel_ranges(parts_of(call.in, unit), 1, [&](int64_t first, int64_t last) {
+  parallel_ranges(blocks_of(call.in, unit), 1, [&](int64_t first, int64_t last) {
     // The whole range at a time: the rows of W are then read as they lie.
     const int64_t c = first * unit, n = std::min(call.in, last * unit) - c;
     S* const dx = static_cast<S*>(call.dx) + c;

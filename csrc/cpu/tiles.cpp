@@ -61,7 +61,7 @@ TTT_TILES void write_tile(Matrix<const uint16_t> x, int64_t rows, uint32_t* tile
 TiledRows::TiledRows(Matrix<const uint16_t> x, int64_t rows, int64_t n)
     : rows_(rows),
       n_(n),
-      blocks_((rows + 2 * kBlock16 - 1) / (2 * kBlock16) * 2),
+      blocks_(blocks_of(rows, 2 * kBlock16) * 2),
       data_(blocks_ * n / kTileSide * kTile) {
   const int64_t grain = 1 + kTilesEach / (1 + blocks_);
   parallel_ranges(n / kTileSide, grain, [&](int64_t from, int64_t to) {
@@ -185,7 +185,7 @@ TTT_TILES void tiles_by_columns(Matrix<const uint16_t> x, int64_t tokens, int64_
                                 Matrix<const uint16_t> w, int64_t columns, Matrix<float> y,
                                 bool add) {
   if (tokens == 0) return;
-  const int64_t blocks = (tokens + kBlock16 - 1) / kBlock16, each = (tokens + blocks - 1) / blocks;
+  const int64_t blocks = blocks_of(tokens, kBlock16), each = blocks_of(tokens, blocks);
   const int64_t most = std::max(kTileSide, kDepth / blocks / kTileSide * kTileSide);
   // For each block and 32 columns the sums while the rows of W go by; x that meets some of these.
   const int64_t pair = 2 * kTile, step = blocks * pair, numel = columns / kTileSide * step;

@@ -21,14 +21,14 @@ constexpr int64_t kTileSide = 32;
 // Memory from the begin of a line of the cache on, so that a row of a tile lies in one.
 class Lines {
  public:
-  explicit Lines(int64_t numel) : memory_(new uint32_t[size_t(numel) + kLineNumel]) {}
+  explicit Lines(int64_t numel) : memory_(new uint32_t[size_t(numel) + kBytes / 4]) {}
   uint32_t* data() const {
-    const auto start = reinterpret_cast<uintptr_t>(memory_.get()) + 4 * kLineNumel - 1;
-    return reinterpret_cast<uint32_t*>(start / (4 * kLineNumel) * (4 * kLineNumel));
+    const auto start = reinterpret_cast<uintptr_t>(memory_.get());
+    return reinterpret_cast<uint32_t*>((start + kBytes - 1) / kBytes * kBytes);
   }
 
  private:
-  static constexpr uintptr_t kLineNumel = 16;
+  static constexpr uintptr_t kBytes = 64;  // of a line
   std::unique_ptr<uint32_t[]> memory_;
 };
 

@@ -347,7 +347,7 @@ def most_rows(dtype: torch.dtype, by_rows: bool = True, tiled: bool = True) -> i
     if dtype == torch.bfloat16:
         return 0 if not tiled else 192 if by_rows else 48
     if tiled:
-        return 4096
+        return 4096  # more were not measured
     return 256 if not known.is_intel() else 64 if by_rows else 32
 
 
@@ -355,7 +355,7 @@ TILE_SIDE = 32  # kTileSide in csrc/cpu/tiles.h
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x Wᵀ; for few rows on a CPU by a product that reads W as it lies.
+    """Return x Wᵀ; on a CPU by a product that reads W as it lies where that is the faster one.
 
     Args:
         x: (..., in).
@@ -375,7 +375,7 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """
     rows = _rows(x)
     if all(reads_as_it_lies(x, weight, rows) for weight in weights):
-        return _few_rows("linears")(x.contiguous(), weights)
+        return _as_it_lies("linears")(x.contiguous(), weights)
     # As a matrix: of a part of a batch torch would make a batch of products, with copies of W.
     matrix = x.reshape(rows, x.shape[-1])
     return [_shaped(F.linear(matrix, weight), x) for weight in weights]
@@ -390,7 +390,7 @@ def linears_backward(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor
     """
     rows = _rows(dys[0])
     if all(reads_as_it_lies(dy, w.t(), rows) for dy, w in zip(dys, weights, strict=True)):
-        return _few_rows("linears_backward")([dy.contiguous() for dy in dys], weights)
+        return _as_it_lies("linears_backward")([dy.contiguous() for dy in dys], weights)
     (first, *others) = [dy.reshape(rows, dy.shape[-1]) for dy in dys]
     total = F.linear(first, weights[0].t())
     for dy, weight in zip(others, weights[1:], strict=True):
@@ -402,7 +402,7 @@ def linears_backward(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor
 
 
 @functools.cache
-def _few_rows(op: str) -> Callable[..., Any]:
+def _as_it_lies(op: str) -> Callable[..., Any]:
     return ops.implementation(op, "cpu")
 
 
