@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ttt_fast.study.analysis import PREDICTORS, Analysis, Cell, Choice, groups_of
+from ttt_fast.study.analysis import PREDICTORS, Analysis, Choice, groups_of
 from ttt_fast.study.findings import Finding, correlation, findings
 from ttt_fast.study.grid import Grid, Setting
 from ttt_fast.study.intervals import Estimate
@@ -26,6 +24,14 @@ from ttt_fast.study.results import (
 )
 from ttt_fast.study.sensitivity import Sensitivity, sensitivities
 from ttt_fast.study.tasks import Task, find_task
+from ttt_fast.study.words import (
+    csv_text,
+    number,
+    shown_cell,
+    shown_estimate,
+    text_table,
+    value_words,
+)
 
 _SKIPPED = {"too_long": "longer than the model's context", "too_short": "too short for the task"}
 AXIS_WORDS = {
@@ -180,7 +186,7 @@ class StudyReport:
             by_step = {cell.step: cell for cell in curve}
             counts = {cell.value.n for cell in curve}
             n = str(max(counts))
-            cells = [_shown(by_step.get(step), metric) for step in steps]
+            cells = [shown_cell(by_step.get(step), metric) for step in steps]
             if len(counts) > 1:  # several studies, or one that goes on
                 of = {step: f", n {cell.value.n}" for step, cell in by_step.items()}
                 cells = [cell + of.get(step, "") for cell, step in zip(cells, steps, strict=True)]
@@ -280,7 +286,7 @@ class StudyReport:
         rows = []
         for each in self.sensitivities[metric]:
             means = ", ".join(
-                f"{_value_words(value)}: {number(mean, metric)}"
+                f"{value_words(value)}: {number(mean, metric)}"
                 for value, mean in each.means.items()
             )
             spreads = [number(value, metric) for value in (each.spread, each.by_chance)]
@@ -339,7 +345,7 @@ class StudyReport:
                     for each in (same.value, same.change):
                         row += [each.mean, each.low, each.high]
                 rows.append(["" if _absent(value) else value for value in row])
-        return _csv(heads, rows)
+        return csv_text(heads, rows)
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write CSV files, the figures as PNG and report.html into a folder.
@@ -368,9 +374,9 @@ class StudyReport:
                 ("sensitivity", self.sensitivity_table(metric)),
                 ("findings", self.findings_table(metric)),
             ):
-                files[f"{metric}_{name}.csv"] = _csv(*table).encode()
+                files[f"{metric}_{name}.csv"] = csv_text(*table).encode()
         if self.findings["loss"]:
-            files["loss_findings.csv"] = _csv(*self.findings_table("loss")).encode()
+            files["loss_findings.csv"] = csv_text(*self.findings_table("loss")).encode()
         files |= {f"{figure.name}.png": figure.png for figure in figures}
         files["report.html"] = html_page(self, figures).encode()
         for name, content in files.items():
@@ -433,48 +439,6 @@ def _what_was_run(configuration: Mapping[str, Any]) -> str:
 
 def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
-
-
-def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([heads, *rows])
-    return out.getvalue()
-
-
-def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first on the left."""
-    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [heads, *rows]
-    )
-
-
-def number(value: float, metric: str, sign: bool = False) -> str:
-    """A share in percent, a likelihood or loss as it is."""
-    if math.isnan(value):
-        return "-"
-    plus = "+" if sign else ""
-    return f"{value:{plus}.4f}" if metric in ("nll", "loss") else f"{100 * value:{plus}.1f}"
-
-
-def shown_estimate(estimate: Estimate, metric: str, sign: bool = False) -> str:
-    """A mean with its interval: 62.5 [45.3, 77.1]."""
-    mean, low, high = (
-        number(each, metric, sign) for each in (estimate.mean, estimate.low, estimate.high)
-    )
-    return mean if math.isnan(estimate.low) else f"{mean} [{low}, {high}]"
-
-
-def _shown(cell: Cell | None, metric: str) -> str:
-    return "-" if cell is None else shown_estimate(cell.value, metric)
-
-
-def _value_words(value: Any) -> str:
-    return "none" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
 def _absent(value: Any) -> bool:
